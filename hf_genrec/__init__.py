@@ -1,0 +1,81 @@
+"""hf_genrec: generative recommendation as Hugging Face objects.
+
+Importing the package registers its tokenizers and models with the Auto classes of transformers, so that
+`AutoTokenizer.from_pretrained` and `AutoModelForSeq2SeqLM.from_pretrained` open its folders and Hub repositories.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module; imported on first use
+_PUBLIC = {
+    "ItemTokenizer": "hf_genrec.identifiers.tokenization_item",
+    "ItemTextTokenizer": "hf_genrec.identifiers.tokenization_item_text",
+    "extend_tokenizer": "hf_genrec.identifiers.extend",
+    "encode_segments": "hf_genrec.identifiers.extend",
+    "ResidualKMeans": "hf_genrec.identifiers.quantizers.residual_kmeans",
+    "RQVAEConfig": "hf_genrec.identifiers.quantizers.configuration_rq_vae",
+    "RQVAEModel": "hf_genrec.identifiers.quantizers.rq_vae",
+    "TigerConfig": "hf_genrec.models.tiger.configuration_tiger",
+    "TigerForConditionalGeneration": "hf_genrec.models.tiger.modeling_tiger",
+    "SASRecConfig": "hf_genrec.models.sasrec.configuration_sasrec",
+    "SASRecForCausalLM": "hf_genrec.models.sasrec.modeling_sasrec",
+    "RQTransformerConfig": "hf_genrec.models.rq_transformer.configuration_rq_transformer",
+    "RQTransformerForCausalLM": "hf_genrec.models.rq_transformer.modeling_rq_transformer",
+    "AutoModelForRecommendation": "hf_genrec.models.auto",
+    "ItemTrie": "hf_genrec.generation.trie",
+    "ItemTrieLogitsProcessor": "hf_genrec.generation.logits_process",
+    "real_beams": "hf_genrec.generation.logits_process",
+    "RecommendationConfig": "hf_genrec.generation.configuration_recommendation",
+    "RecommendationMixin": "hf_genrec.generation.recommend",
+    "Recommendation": "hf_genrec.generation.recommend",
+    "recommend": "hf_genrec.generation.recommend",
+    "RecommenderTrainer": "hf_genrec.alignment.trainers.recommender",
+    "RecommenderTrainingArguments": "hf_genrec.alignment.trainers.arguments",
+    "train_recommender": "hf_genrec.alignment.trainers.recommender",
+    "load_data": "hf_genrec.data.interactions",
+    "make_split": "hf_genrec.data.splits",
+    "ItemTable": "hf_genrec.data.items",
+    "evaluate": "hf_genrec.evaluation.evaluator",
+    "save_artifact": "hf_genrec.hub",
+    "load_artifact": "hf_genrec.hub",
+    "resolve_recipe": "hf_genrec.recipes.resolver",
+    "train_recipe": "hf_genrec.recipes.pipeline",
+}
+_SUBPACKAGES = ("hub", "data", "identifiers", "models", "generation", "alignment", "evaluation", "recipes", "errors")
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604  (all strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"hf_genrec.{name}")
+    raise AttributeError(f"module 'hf_genrec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC, *_SUBPACKAGES])
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModel
+
+    from hf_genrec.identifiers.quantizers.configuration_rq_vae import RQVAEConfig
+    from hf_genrec.identifiers.quantizers.rq_vae import RQVAEModel
+    from hf_genrec.identifiers.tokenization_item import register
+    from hf_genrec.models.auto import register_auto_classes
+
+    register()
+    register_auto_classes()
+    AutoConfig.register(RQVAEConfig.model_type, RQVAEConfig, exist_ok=True)
+    AutoModel.register(RQVAEConfig, RQVAEModel, exist_ok=True)
+
+
+_register()

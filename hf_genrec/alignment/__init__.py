@@ -1,0 +1,1 @@
+"""ALIGNMENT: trainers that tie identifiers to language and behaviour."""

@@ -1,0 +1,1 @@
+"""Trainers: thin subclasses of transformers' Trainer."""

@@ -1,0 +1,433 @@
+"""RecommenderTrainer: transformers' Trainer for next-item models, with full-ranking validation and atomic checkpoints.
+
+What it adds to Trainer:
+
+* `prediction_step` ranks the validation target among all items with the model's own constrained search, so
+  `eval_recall@K` and `eval_ndcg@K` are real, the best checkpoint is the best recommender, and early stopping works;
+* batches of similar length whose order is a function of (seed, epoch), and `set_epoch` for the training set: a run
+  that was killed and resumed on CPU ends with the same bits as one that was not;
+* checkpoints are written whole or not at all (`artifacts.staged_folder`), half ones are skipped on resume;
+* a loss that is NaN or infinite stops the run (TrainingError) before it reaches the weights or a checkpoint;
+* `num_items_in_batch` counts every label that is not -100: our models shift by whole items, so transformers' rule of
+  leaving out the first column does not apply;
+* optional moving average of the weights, and a time budget with an annealed schedule.
+
+Relations: with `ema_decay=None, max_train_seconds=None, eval_strategy="no"` the weights after n steps are Trainer's.
+With several processes checkpoints are written the ordinary way (not atomic), and still skipped when half.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalPrediction, SchedulerType
+
+from hf_genrec.data.collators import PrefixCollator, PrefixDataset, SequenceCollator, WindowDataset
+from hf_genrec.data.splits import EvaluationSet, Split
+from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.generation.requests import check_fingerprint
+from hf_genrec.generation.trie import ItemTrie
+
+from .arguments import RecommenderTrainingArguments
+from .averaging import WeightAverage
+from .callbacks import (
+    EpochCallback,
+    MovingProgressCallback,
+    SparseEvaluationCallback,
+    TimeBudgetCallback,
+    movable_scheduler,
+)
+from .checkpoints import AtomicCheckpointTrainer, checkpoints
+from .ranking import RankingCollator, RankingDataset, ranking_metrics, ranks_from_items
+from .sampling import LengthBucketSampler
+
+logger = logging.getLogger(__name__)
+
+_ACCELERATOR_CHECK_STEPS = 16
+
+
+class RecommenderTrainer(AtomicCheckpointTrainer):
+    """Trainer for models with `RecommendationMixin` (TIGER, SASRec, RQ-Transformer).
+
+    Args:
+        model: The model; needs `recommend_indices` when there is an evaluation set.
+        args: RecommenderTrainingArguments.
+        data_collator: Collator of the training set.
+        train_dataset: Samples; `lengths` (one per sample) lets batches be bucketed, `set_epoch(n)` is called when it
+        exists.
+        eval_dataset: EvaluationSet of the split, or a RankingDataset.
+        processing_class: The ItemTokenizer; saved with every checkpoint.
+        user_ids: User strings by row, for tokenizers with user tokens.
+        compute_metrics: Function of `EvalPrediction(predictions=ranks_M, label_ids=targets_M)`; default
+        `ranking_metrics`.
+        callbacks: More callbacks.
+        kwargs: As for Trainer.
+
+    Raises:
+        IncompatibleComponentsError: No tokenizer, or a model that cannot rank, with an evaluation set.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: RecommenderTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: EvaluationSet | Dataset | None = None,
+        processing_class: Any = None,
+        *,
+        user_ids: Sequence[str] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else RecommenderTrainingArguments(output_dir="trainer_output")
+        if eval_dataset is not None:
+            if processing_class is None:
+                raise IncompatibleComponentsError("validation ranks items: pass the tokenizer as processing_class.")
+            if model is not None and not hasattr(model, "recommend_indices"):
+                raise IncompatibleComponentsError(
+                    f"{type(model).__name__} has no recommend_indices: mix RecommendationMixin into it, or pass no "
+                    "eval_dataset."
+                )
+        self._average: WeightAverage | None = None
+        self._first_bad_step: torch.Tensor | None = None
+        self._user_ids = user_ids
+        self._trie: ItemTrie | None = None
+        ours: list[TrainerCallback] = [EpochCallback(), SparseEvaluationCallback(args.eval_epochs)]
+        if args.early_stopping_patience is not None:
+            ours.append(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.max_train_seconds is not None:
+            ours.append(TimeBudgetCallback(args.max_train_seconds))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=_as_dataset(eval_dataset, args),
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or self._ranking_metrics,
+            callbacks=[*ours, *(callbacks or [])],
+            **kwargs,
+        )
+        # every label of ours is a target: see the module docstring
+        self._loss_shifts_labels = False
+        if args.max_train_seconds is not None and self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(MovingProgressCallback())
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            return LengthBucketSampler(dataset, self._train_batch_size, seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None  # type: ignore[arg-type]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Loader of ranking batches; an EvaluationSet is welcome."""
+        with self._ranking_collator():
+            return super().get_eval_dataloader(_as_dataset(eval_dataset, self.args))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Loader of ranking batches; an EvaluationSet is welcome."""
+        with self._ranking_collator():
+            return super().get_test_dataloader(_as_dataset(test_dataset, self.args))
+
+    @contextmanager
+    def _ranking_collator(self) -> Iterator[None]:
+        training_collator = self.data_collator
+        self.data_collator = RankingCollator(
+            self.processing_class,
+            sequence_model=not getattr(self.model.config, "is_encoder_decoder", False),
+            max_history=self.args.max_history,
+            user_ids=self._user_ids,
+            exclude_seen=self.args.eval_exclude_seen,
+        )
+        try:
+            yield
+        finally:
+            self.data_collator = training_collator
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Mean loss of the batch, ranks (B,) of its targets (`inf` beyond the longest list), and the targets (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs: Any = self.compute_loss(model, inputs["loss_inputs"])
+            loss = outputs.detach()
+        if prediction_loss_only:
+            return loss, None, None
+        if self._trie is None:
+            self._trie = ItemTrie.from_tokenizer(self.processing_class).to(self.args.device)
+        items_Bk, _ = self.accelerator.unwrap_model(model).recommend_indices(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            trie=self._trie,
+            k=self.args.eval_top_k,
+            num_beams=max(self.args.eval_num_beams, self.args.eval_top_k),
+            seen=inputs["seen"],
+        )
+        return loss, ranks_from_items(items_Bk, inputs["targets"]), inputs["targets"]
+
+    def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return ranking_metrics(np.asarray(prediction.predictions), self.args.eval_ks)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._stop_if_not_finite()
+        with self._average.applied() if self.is_in_train and self._average is not None else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As Trainer.train; `True` means the newest whole checkpoint, or a fresh start (and says so) without one.
+
+        Raises:
+            ArtifactError: The named checkpoint is missing or only half of one.
+            TrainingError: Nothing to train on, or the loss is not finite.
+        """
+        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise TrainingError("the training set is empty: lower min_user / min_item of load_data, or give more data.")
+        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        self._first_bad_step = None
+        if self.args.ema_decay is not None:
+            self._average = WeightAverage(self.model, self.args.ema_decay)
+        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self._average is not None:
+            best_was_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+            if not best_was_loaded:  # a loaded checkpoint holds averaged weights already
+                self._average.swap()
+            self._average = None
+        return result
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Of equally good states the later one is the best: its learning rate is further down."""
+        before, best_step = self.state.best_metric, self.state.best_global_step
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if best_step is None or metrics.get(name) != before:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._watch(loss)
+        return loss
+
+    def _watch(self, loss: torch.Tensor) -> None:
+        """Stop at a loss that is not finite: at once on CPU, within a few steps (but before any save) elsewhere."""
+        if loss.device.type != "cpu":
+            self._watch_without_waiting(loss)
+        elif not math.isfinite(value := loss.item()):
+            self._raise_not_finite(self.state.global_step + 1, value)
+
+    def _watch_without_waiting(self, loss: torch.Tensor) -> None:
+        """Note the first bad step on the device; it is read now and then, not at every step."""
+        step = self.state.global_step + 1
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
+        self._first_bad_step = torch.where(bad, step, self._first_bad_step)
+        if step % _ACCELERATOR_CHECK_STEPS == 0:
+            self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        if self._first_bad_step is not None and (step := int(self._first_bad_step.item())) >= 0:
+            self._raise_not_finite(step, math.nan)
+
+    def _raise_not_finite(self, step: int, value: float) -> None:
+        args = self.args
+        raise TrainingError(
+            f"the loss is {value} at step {step} (epoch {self.state.epoch or 0:.2f}), training stops. Checkpoints in "
+            f"{args.output_dir} are from before. Likely fixes: a lower learning_rate (now {args.learning_rate:g}), "
+            f"more warmup_steps (now {args.warmup_steps:g}), max_grad_norm 1.0 (now {args.max_grad_norm:g}), bf16 in "
+            "place of fp16, and item features without NaN."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._stop_if_not_finite()
+        super()._save_checkpoint(model, trial)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.args.max_train_seconds is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        shape = SchedulerType(self.args.lr_scheduler_type).value
+        target: Any = optimizer or self.optimizer
+        self.lr_scheduler = movable_scheduler(target, shape, warmup, num_training_steps)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._average is not None and not any(
+            isinstance(c, _AverageCallback) for c in self.callback_handler.callbacks
+        ):
+            self.add_callback(_AverageCallback(self))
+        return optimizer
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: counting walks over all parameters at every step, a noticeable share of a small model's step."""
+        return 0
+
+
+def _as_dataset(evaluation: Any, args: RecommenderTrainingArguments) -> Any:
+    if isinstance(evaluation, EvaluationSet):
+        return RankingDataset(evaluation, max_users=args.eval_users, seed=args.seed)
+    return evaluation
+
+
+class _AverageCallback(TrainerCallback):
+    """Takes the weights into the average after each optimiser step."""
+
+    def __init__(self, trainer: RecommenderTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer._average is not None:
+            self.trainer._average.update(state.global_step + 1)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train_recommender` gives: the trainer (its model is the best one) and a summary for `metrics.json`.
+
+    `summary` holds `validation` (metrics of the best checkpoint), `best_step`, `steps`, `epochs`, `train_loss`,
+    `train_seconds`, `eval_seconds` and `targets_per_second` (target items trained, evaluation time taken off).
+    """
+
+    trainer: RecommenderTrainer
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+
+def train_recommender(
+    model: Any,
+    tokenizer: Any,
+    split: Split,
+    args: RecommenderTrainingArguments,
+    *,
+    train_dataset: Dataset | None = None,
+    data_collator: Callable | None = None,
+    user_ids: Sequence[str] | None = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
+    **trainer_options: Any,
+) -> TrainingResult:
+    """Train any of the library's models on a split and leave the best state in `model`.
+
+    Encoder-decoder models get one sample per prefix (`PrefixDataset`), the others windows of which every position is
+    trained (`WindowDataset`), both of `args.max_history` items.
+
+    Args:
+        model, tokenizer: Of the same catalogue.
+        split: Its `train` rows are learned and its `validation` targets ranked.
+        args: RecommenderTrainingArguments; checkpoints go to `args.output_dir`.
+        train_dataset, data_collator: Instead of the ones above.
+        user_ids: User strings by row of the data, for tokenizers with user tokens (encoder-decoder models).
+        resume_from_checkpoint: A checkpoint folder, or True for the newest whole one (if there is any).
+        trainer_options: More arguments of RecommenderTrainer (`callbacks`, `optimizers`, `eval_dataset`, ...).
+
+    Raises:
+        IncompatibleComponentsError: Model and tokenizer of different catalogues, or windows longer than the model
+        reads.
+        TrainingError: Nothing to train on, checkpoints of another run in the output folder, or a loss that is not
+        finite.
+    """
+    check_fingerprint(model, tokenizer)
+    resume = resume_from_checkpoint if resume_from_checkpoint is not None else args.resume_from_checkpoint
+    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
+    if not resume and (old := checkpoints(str(args.output_dir))):
+        raise TrainingError(
+            f"{args.output_dir} holds checkpoints of an earlier run ({old[-1].name}), which a resume would mix up with "
+            "this one: set resume_from_checkpoint to true to go on, or remove them, or choose another output_dir."
+        )
+    prefixes = getattr(model.config, "is_encoder_decoder", False)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not prefixes and longest is not None and longest < args.max_history:
+        raise IncompatibleComponentsError(
+            f"max_history is {args.max_history}, but the model reads {longest} items: lower max_history or raise "
+            "max_position_embeddings of its configuration."
+        )
+    if args.eval_strategy != "no" and "eval_dataset" not in trainer_options and not len(split.validation.targets):
+        raise TrainingError(
+            "the validation part is empty: no user has enough interactions to hold one out. Bring longer histories, or "
+            "set eval_strategy to no."
+        )
+    config = getattr(model, "recommendation_config", None)
+    if config is not None and config.max_history is None:  # serve what was trained
+        model.recommendation_config = config.merged(max_history=args.max_history)
+    user_ids = user_ids if prefixes and getattr(tokenizer, "num_user_tokens", 0) else None
+    if train_dataset is None and prefixes:
+        train_dataset = PrefixDataset(
+            split.train,
+            args.max_history,
+            samples_per_epoch=args.samples_per_epoch,
+            seed=args.seed,
+            user_ids=user_ids,
+        )
+    elif train_dataset is None:
+        train_dataset = WindowDataset(split.train, args.max_history, seed=args.seed)
+    if data_collator is None:
+        data_collator = PrefixCollator(tokenizer) if prefixes else SequenceCollator(tokenizer)
+    trainer_options.setdefault("eval_dataset", None if args.eval_strategy == "no" else split.validation)
+    trainer = RecommenderTrainer(
+        model=model,
+        args=args,
+        data_collator=data_collator,
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+        user_ids=user_ids,
+        **trainer_options,
+    )
+    started = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=resume)
+    model.eval()
+    return TrainingResult(trainer, _summary(trainer, output, time.perf_counter() - started))
+
+
+def _summary(trainer: RecommenderTrainer, output: Any, seconds: float) -> dict[str, Any]:
+    state: Any = trainer.state
+    dataset: Any = trainer.train_dataset
+    evaluations = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
+    best = evaluations.get(state.best_global_step) or (evaluations[max(evaluations)] if evaluations else {})
+    steps = state.global_step - trainer._initial_global_step  # of this call: a resumed run has done others before
+    first = trainer._initial_global_step
+    eval_seconds = sum(entry["eval_runtime"] for step, entry in evaluations.items() if step > first)
+    targets = getattr(dataset, "num_targets", len(dataset)) * (state.epoch or 0.0) * steps / max(1, state.global_step)
+    wanted = ("eval_recall@", "eval_ndcg@", "eval_loss")
+    return {
+        "validation": {name.removeprefix("eval_"): v for name, v in best.items() if name.startswith(wanted)},
+        "best_step": best.get("step"),
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "train_loss": output.training_loss,
+        "train_seconds": seconds,
+        "eval_seconds": eval_seconds,
+        "targets_per_second": targets / max(seconds - eval_seconds, 1e-9),
+    }

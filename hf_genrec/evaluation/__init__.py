@@ -1,0 +1,1 @@
+"""Numbers that can be trusted: item-level metrics, full-ranking evaluation, baselines, intervals, ties, reports."""

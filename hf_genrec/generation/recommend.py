@@ -1,0 +1,295 @@
+"""From a history to ranked items: `RecommendationMixin` for models of this library, `recommend` for any Hugging Face
+model.
+
+A model says how codes are scored (two methods); everything between that and a list of distinct catalogue items is
+here, as GenerationMixin does for text. Search: `trie_beam_search` (TIGER, arXiv 2305.05065).
+
+Shape legend: B users, N items, L levels, K beams or candidates, k items returned, C codes of a level, T tokens, l
+codes so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import IncompatibleComponentsError, RequestError
+from .configuration_recommendation import RecommendationConfig
+from .decoding.causal_lm import CausalLMScorer
+from .decoding.encoder_decoder import EncoderDecoderScorer
+from .decoding.exhaustive import score_all_leaves
+from .item_filter import ItemFilter
+from .requests import check_fingerprint, check_histories
+from .search import (
+    Recommendation,
+    encoded_batches,
+    evaluating,
+    recommend_histories,
+    recommend_prompts,
+    search_items,
+)
+from .trie import ItemTrie
+
+__all__ = ["Recommendation", "RecommendationConfig", "RecommendationMixin", "recommend", "scorer_for"]
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+class RecommendationMixin:
+    """Gives a model `recommend`, `recommend_indices` and `score_all`. Put it BEFORE PreTrainedModel among the bases.
+
+    A model implements `start_decoding` (encoder or timeline, once per user) and `score_codes` (log-probabilities of
+    the next code); `rescore_items` and `score_dense` are optional. Items and scores of a batch equal those of each
+    user alone.
+
+        class MyModel(RecommendationMixin, MyPreTrainedModel): ...
+    """
+
+    # ------------------------------------------------------------- what a model implements
+
+    def start_decoding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        """Read the histories (B, T) once; returns a state of B rows for `score_codes`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement start_decoding(input_ids, attention_mask).")
+
+    def score_codes(self, state: Any, prefix_BKl: torch.Tensor, level: int) -> torch.Tensor:
+        """Log-probabilities (B, K, C) over the level's code block after the partial codes `prefix_BKl` (codes, not
+        token ids).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement score_codes(state, prefix_BKl, level).")
+
+    def rescore_items(
+        self, state: Any, items_BK: torch.Tensor, scores_BK: torch.Tensor, config: RecommendationConfig
+    ) -> torch.Tensor:
+        """New scores (B, K) of the candidates found by the search; item -1 is padding. Default: unchanged."""
+        return scores_BK
+
+    def score_dense(self, state: Any) -> torch.Tensor | None:
+        """Scores of the whole catalogue (B, N) from a dense head, or None where the model has none."""
+        return None
+
+    # ------------------------------------------------------------- configuration
+
+    @property
+    def recommendation_config(self) -> RecommendationConfig:
+        """Defaults of `recommend`; saved and loaded with the model."""
+        config = self.__dict__.get("_recommendation_config")
+        if config is None:
+            config = self.__dict__["_recommendation_config"] = RecommendationConfig()
+        return config
+
+    @recommendation_config.setter
+    def recommendation_config(self, config: RecommendationConfig) -> None:
+        self.__dict__["_recommendation_config"] = config
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> Any:
+        """As in transformers, plus `recommendation_config.json`."""
+        result = super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            self.recommendation_config.save_pretrained(save_directory)
+        return result
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        # save_pretrained(push_to_hub=True) uploads before it returns: the file must be there by then
+        self.recommendation_config.save_pretrained(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, plus `recommendation_config.json` where the folder or repository has one."""
+        hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            model.recommendation_config = RecommendationConfig.from_pretrained(
+                pretrained_model_name_or_path, **hub_options
+            )
+        return loaded
+
+    # ------------------------------------------------------------- what it gives
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        *,
+        tokenizer: Any,
+        k: int | None = None,
+        num_beams: int | None = None,
+        exclude_seen: bool | None = None,
+        allowed_items: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        user_ids: Sequence[str] | None = None,
+        **overrides: Any,
+    ) -> list[list[Recommendation]]:
+        """At most k distinct catalogue items per history, best first.
+
+        Args:
+            histories: item ids per user, oldest first.
+            tokenizer: carries the catalogue the model was made for.
+            k, num_beams, exclude_seen: override `recommendation_config`; num_beams below k is widened to k.
+            allowed_items: only these may be returned: one list for all users, or one list per user.
+            user_ids: for tokenizers with user tokens.
+            overrides: other fields of RecommendationConfig (`max_history`, `dense_weight`, `renormalize`,
+                `batch_size`).
+
+        Returns:
+            One list per history; shorter than k only where fewer items may be returned.
+
+        Raises:
+            RequestError: k or num_beams below 1, an unknown option, an allow-list that leaves nothing (row named).
+            UnknownItemError: an id of `allowed_items` that is not in the catalogue.
+            IncompatibleComponentsError: the tokenizer carries another catalogue than the model was made for.
+        """
+        check_fingerprint(self, tokenizer)
+        config = self.recommendation_config.merged(k=k, num_beams=num_beams, exclude_seen=exclude_seen, **overrides)
+        return recommend_histories(self, histories, tokenizer, config, allowed_items=allowed_items, user_ids=user_ids)
+
+    def recommend_indices(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        trie: ItemTrie,
+        k: int | None = None,
+        num_beams: int | None = None,
+        seen: Sequence[np.ndarray] | None = None,
+        allowed_BN: torch.Tensor | None = None,
+        config: RecommendationConfig | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor path of evaluators and trainers.
+
+        Args:
+            input_ids, attention_mask: (B, T), on the model's device.
+            trie: of the model's catalogue.
+            seen: item indices to leave out, per user; None leaves out nothing (`config.exclude_seen` is not read here).
+            allowed_BN: bool table of items that may be returned.
+
+        Returns:
+            items_Bk (int64, -1 padded where fewer exist) and scores_Bk (-inf there).
+        """
+        config = (config or self.recommendation_config).merged(k=k, num_beams=num_beams)
+        trie = trie.to(input_ids.device)
+        item_filter = (
+            ItemFilter.from_rows(trie, seen) if allowed_BN is None else ItemFilter.from_mask(trie, allowed_BN, seen)
+        )
+        with evaluating(self):
+            state = self.start_decoding(input_ids, attention_mask)
+            return search_items(self, state, trie, config, item_filter, batch_size=input_ids.shape[0])
+
+    def score_all(
+        self,
+        histories: Sequence[Sequence[str]] | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        tokenizer: Any = None,
+        trie: ItemTrie | None = None,
+        user_ids: Sequence[str] | None = None,
+        renormalize: bool | None = None,
+    ) -> torch.Tensor:
+        """Exact log-probability of every catalogue item: (B, N) float32, column = item index.
+
+        Give `histories` and `tokenizer`, or `input_ids` (with `attention_mask`) and `trie` or `tokenizer`. Items that
+        share a code have the same score. Seen items are scored too, and no dense head is mixed in: this is what the
+        beam searches.
+        """
+        config = self.recommendation_config.merged(renormalize=renormalize)
+        if tokenizer is not None:
+            check_fingerprint(self, tokenizer)
+        if trie is None:
+            if tokenizer is None:
+                raise RequestError("score_all needs the catalogue: pass tokenizer=... or trie=....")
+            trie = ItemTrie.from_tokenizer(tokenizer)
+        if (histories is None) == (input_ids is None):
+            raise RequestError("score_all needs either histories (with a tokenizer) or input_ids, and not both.")
+        batches: list[tuple[torch.Tensor, torch.Tensor | None]]
+        if input_ids is not None:
+            batches = [(input_ids, attention_mask)]
+        else:
+            if tokenizer is None:
+                raise RequestError("score_all(histories) needs tokenizer=... to read them.")
+            rows = check_histories(histories)
+            batches = [batch for _, batch in encoded_batches(self, rows, tokenizer, config, user_ids)]
+        scores = []
+        with evaluating(self):
+            for ids, mask in batches:
+                state = self.start_decoding(ids, mask)
+                there = trie.to(ids.device)
+                leaves = score_all_leaves(self, state, there, batch_size=ids.shape[0], renormalize=config.renormalize)
+                scores.append(leaves[:, there.item_leaf_N])
+        return torch.cat(scores) if scores else torch.zeros(0, trie.num_items)
+
+
+def recommend(
+    model: Any,
+    histories: Sequence[Sequence[str]] | None = None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    tokenizer: Any,
+    k: int = 10,
+    num_beams: int = 50,
+    exclude_seen: bool = True,
+    allowed_items: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    user_ids: Sequence[str] | None = None,
+    **options: Any,
+) -> list[list[Recommendation]]:
+    """At most k distinct catalogue items per request from any Hugging Face causal LM or encoder-decoder.
+
+    Args:
+        model: its vocabulary must hold the tokenizer's item tokens.
+        histories: item ids per user, oldest first. The prompt is `tokenizer.encode_histories(histories)`, unless
+            `input_ids` gives another one (text and items mixed, say); then histories only say what was seen.
+        input_ids, attention_mask: prompts (B, T), tensors or nested lists; padding on either side. Without histories,
+            the items spelled out in a prompt are the seen ones (all items of a shared code).
+        tokenizer: an ItemTokenizer or an extended text tokenizer.
+        k, num_beams, exclude_seen, allowed_items: as in `RecommendationMixin.recommend`.
+        options: other fields of RecommendationConfig (`renormalize`, `batch_size`, `max_history`).
+
+    Returns:
+        One list per request, best first; scores are log-probabilities of the item's tokens (full-vocabulary softmax),
+        equal to those of `generate` with ItemTrieLogitsProcessor and length_penalty=0.
+
+    Raises:
+        RequestError, UnknownItemError, IncompatibleComponentsError: as in `RecommendationMixin.recommend`.
+    """
+    check_fingerprint(model, tokenizer)
+    config = RecommendationConfig(k=k, num_beams=num_beams, exclude_seen=exclude_seen).merged(**options)
+    decoder = scorer_for(model, tokenizer)
+    with evaluating(model):
+        if input_ids is None:
+            if histories is None:
+                raise RequestError("recommend needs histories or input_ids.")
+            return recommend_histories(
+                decoder, histories, tokenizer, config, allowed_items=allowed_items, user_ids=user_ids
+            )
+        prompts = torch.as_tensor(input_ids).to(decoder.device)
+        mask = (
+            torch.ones_like(prompts) if attention_mask is None else torch.as_tensor(attention_mask).to(prompts.device)
+        )
+        return recommend_prompts(decoder, prompts, mask, histories, tokenizer, config, allowed_items)
+
+
+def scorer_for(model: Any, tokenizer: Any) -> Any:
+    """What scores codes for this model: the model itself where it can, else an adapter for its kind.
+
+    Raises:
+        IncompatibleComponentsError: the vocabulary does not hold the tokenizer's item tokens.
+    """
+    if hasattr(model, "start_decoding") and hasattr(model, "score_codes"):
+        return model
+    ItemTrie.from_tokenizer(tokenizer)  # fails here, by name, for a tokenizer without a catalogue
+    embeddings = model.get_input_embeddings()
+    needed = int(max(np.asarray(tokenizer.level_offsets) + np.asarray(tokenizer.codebook_sizes)))
+    if embeddings is not None and embeddings.weight.shape[0] < needed:
+        raise IncompatibleComponentsError(
+            f"{type(model).__name__} has {embeddings.weight.shape[0]} token embeddings, the tokenizer's item "
+            f"tokens need {needed}; "
+            "call model.resize_token_embeddings(len(tokenizer)) and train it."
+        )
+    kind = EncoderDecoderScorer if model.config.is_encoder_decoder else CausalLMScorer
+    return kind(model, tokenizer.level_offsets, tokenizer.codebook_sizes)

@@ -1,0 +1,1 @@
+"""CREATION: quantizers, collisions and item tokenizers."""

@@ -1,0 +1,69 @@
+"""Ragged item histories to padded token arrays, without a Python loop over items.
+
+Shape legend: B rows, n items of all rows together, L tokens per item, W width of the padded batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def newest_items(lengths_B: np.ndarray, index_n: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the last `limit` items of each row: (lengths (B,), items of all rows).
+
+    >>> newest_items(np.array([3, 1]), np.array([5, 6, 7, 8]), 2)
+    (array([2, 1]), array([6, 7, 8]))
+    """
+    if not len(lengths_B) or lengths_B.max() <= limit:
+        return lengths_B, index_n
+    # position counted from the end of its row: 1 is the newest item
+    age_n = np.repeat(np.cumsum(lengths_B), lengths_B) - np.arange(len(index_n))
+    return np.minimum(lengths_B, limit), index_n[age_n <= limit]
+
+
+def padded_tokens(
+    lengths_B: np.ndarray,
+    tokens_nL: np.ndarray,
+    *,
+    pad_id: int,
+    head_B: np.ndarray | None = None,
+    eos_id: int | None = None,
+    left: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of item tokens as one padded array.
+
+    Args:
+        lengths_B: items of each row; they sum to n.
+        tokens_nL: token ids of all items, row after row.
+        pad_id: padding token id.
+        head_B: a token id put before each row, -1 for none (user tokens).
+        eos_id: a token id put after each row, None for none.
+        left: pad on the left, else on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 (B, W). W is at least L, so that empty rows still make a batch.
+
+    >>> padded_tokens(np.array([2, 0]), np.array([[4, 6], [5, 7]]), pad_id=0, eos_id=1)[0]
+    array([[4, 6, 5, 7, 1],
+           [0, 0, 0, 0, 1]])
+    """
+    items_B = lengths_B * tokens_nL.shape[1]
+    if head_B is None:
+        head_B = np.full_like(items_B, -1)
+    has_head_B = (head_B >= 0).astype(np.int64)
+    total_B = has_head_B + items_B + (eos_id is not None)
+    width = int(total_B.max(initial=0)) or tokens_nL.shape[1]
+
+    column_W = np.arange(width)
+    start_B = width - total_B if left else np.zeros_like(total_B)
+    first_B = start_B + has_head_B
+    input_ids_BW = np.full((len(lengths_B), width), pad_id, dtype=np.int64)
+    is_item_BW = (column_W >= first_B[:, None]) & (column_W < (first_B + items_B)[:, None])
+    input_ids_BW[is_item_BW] = tokens_nL.reshape(-1)  # both in row order
+    rows = np.flatnonzero(has_head_B)
+    if len(rows):
+        input_ids_BW[rows, start_B[rows]] = head_B[rows]
+    if eos_id is not None:
+        input_ids_BW[np.arange(len(lengths_B)), first_B + items_B] = eos_id
+    attention_BW = (column_W >= start_B[:, None]) & (column_W < (start_B + total_B)[:, None])
+    return input_ids_BW, attention_BW.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Quantizers: item vectors to codes."""

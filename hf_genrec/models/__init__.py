@@ -1,0 +1,1 @@
+"""BACKBONES: configuration and modeling files, one folder a model."""

@@ -1,0 +1,64 @@
+"""Auto classes: `AutoModelForRecommendation`, and registration of our models with transformers' own Auto classes.
+
+A checkpoint of a new `model_type` can be read by `AutoModel...from_pretrained` only after its classes are registered;
+`import hf_genrec` does that by calling `register_auto_classes`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+# Nothing in transformers itself is a recommender, so all entries come from `register`.
+MODEL_FOR_RECOMMENDATION_MAPPING = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+
+
+class AutoModelForRecommendation(_BaseAutoModelClass):
+    """Any model of this library that recommends, from a folder or a Hub repository.
+
+    Example:
+        >>> from hf_genrec.models.auto import AutoModelForRecommendation, register_auto_classes
+        >>> from hf_genrec.models.sasrec.configuration_sasrec import SASRecConfig
+        >>> register_auto_classes()
+        >>> type(AutoModelForRecommendation.from_config(SASRecConfig(codebook_sizes=[5]))).__name__
+        'SASRecForCausalLM'
+    """
+
+    _model_mapping = MODEL_FOR_RECOMMENDATION_MAPPING
+
+
+def register_auto_classes() -> None:
+    """Make every model known to `AutoConfig`, `AutoModel`, its `AutoModelFor...` and `AutoModelForRecommendation`.
+
+    Calling it again changes nothing. Also enters the class names in transformers' name tables, which `Trainer` reads to
+    decide whether labels are shifted and transformers' test mixins read to decide which inputs a class takes.
+    """
+    from .rq_transformer.configuration_rq_transformer import RQTransformerConfig
+    from .rq_transformer.modeling_rq_transformer import RQTransformerForCausalLM, RQTransformerModel
+    from .sasrec.configuration_sasrec import SASRecConfig
+    from .sasrec.modeling_sasrec import SASRecForCausalLM, SASRecModel
+    from .tiger.configuration_tiger import TigerConfig
+    from .tiger.modeling_tiger import TigerForConditionalGeneration, TigerModel
+
+    seq2seq = (AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    causal = (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for config_class, base_class, model_class, (auto_class, names) in (
+        (TigerConfig, TigerModel, TigerForConditionalGeneration, seq2seq),
+        (SASRecConfig, SASRecModel, SASRecForCausalLM, causal),
+        (RQTransformerConfig, RQTransformerModel, RQTransformerForCausalLM, causal),
+    ):
+        for one in (base_class, model_class):
+            if isinstance(
+                one.config_class, str
+            ):  # `config: X` under postponed annotations reaches transformers as text
+                one.config_class = config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, base_class, exist_ok=True)
+        auto_class.register(config_class, model_class, exist_ok=True)
+        AutoModelForRecommendation.register(config_class, model_class, exist_ok=True)
+        names[config_class.model_type] = model_class.__name__
+        modeling_auto.MODEL_MAPPING_NAMES[config_class.model_type] = base_class.__name__

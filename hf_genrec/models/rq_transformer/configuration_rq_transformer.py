@@ -1,0 +1,92 @@
+"""Configuration of the RQ-Transformer recommender (timeline + depth decoder, arXiv 2203.01941 and 2508.14910)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from hf_genrec.errors import IncompatibleComponentsError
+
+
+class RQTransformerConfig(PreTrainedConfig):
+    r"""Sizes and switches of [`RQTransformerForCausalLM`].
+
+    Args:
+        codebook_sizes: codes per level, `L` entries.
+        level_offsets: token id of code 0 of every level, `L` entries.
+        num_items: catalogue size `N`; 0 means that the model holds no catalogue tables (no features, no dense head).
+        item_feature_dim: width `F` of the fixed item feature vectors (text and collaborative, concatenated); 0 = none.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: the timeline Transformer.
+        depth_layers, depth_intermediate_size: the depth decoder (same width and heads as the timeline).
+        max_position_embeddings: newest items of a history that the timeline reads.
+        item_embedding: add a free vector per item to input and dense head (0 for an item never trained on).
+        dense_head: train a catalogue-wide head beside the codes (2411.18814) whose scores can be fused at inference.
+        dense_loss_weight: weight of its cross-entropy; the code loss has weight 1.
+        learn_repeat_weight: learn how much more or less likely an item is because the user had it already.
+        initializer_range: standard deviation of linear layers; the code tables have their own (input 0.1, depth 0.7).
+        catalogue_fingerprint: of the tokenizer the model belongs to; checked by `recommend`.
+    """
+
+    model_type = "rq_transformer"
+    auto_map: ClassVar[dict] = {}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 260
+    codebook_sizes: list[int] | tuple[int, ...] = (64, 64, 64, 64)
+    level_offsets: list[int] | tuple[int, ...] = (4, 68, 132, 196)
+    num_items: int = 0
+    item_feature_dim: int = 0
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    depth_layers: int = 1
+    depth_intermediate_size: int = 128
+    max_position_embeddings: int = 50
+    item_embedding: bool = True
+    dense_head: bool = True
+    dense_loss_weight: float = 1.0
+    learn_repeat_weight: bool = True
+    dropout: float = 0.2
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    bos_token_id: int | None = 3
+    tie_word_embeddings: bool = False
+    use_cache: bool = False
+    catalogue_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if len(self.codebook_sizes) != len(self.level_offsets):
+            raise IncompatibleComponentsError(
+                f"RQTransformerConfig: {len(self.codebook_sizes)} codebook_sizes but {len(self.level_offsets)} "
+                "level_offsets; take both from one tokenizer with RQTransformerConfig.from_tokenizer."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise IncompatibleComponentsError(
+                f"RQTransformerConfig: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}."
+            )
+
+    @property
+    def num_levels(self) -> int:
+        """Codes per item, `L`."""
+        return len(self.codebook_sizes)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, **kwargs: Any) -> RQTransformerConfig:
+        """Sizes and special ids from the catalogue of an [`ItemTokenizer`]; `kwargs` override."""
+        values = {
+            "vocab_size": len(tokenizer),
+            "codebook_sizes": [int(size) for size in tokenizer.codebook_sizes],
+            "level_offsets": [int(offset) for offset in tokenizer.level_offsets],
+            "num_items": int(tokenizer.num_items),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "catalogue_fingerprint": tokenizer.catalogue_fingerprint,
+        }
+        return cls(**(values | kwargs))

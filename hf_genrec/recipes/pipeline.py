@@ -1,0 +1,366 @@
+"""From a resolved recipe and a data set to an artefact folder: the stages in order, timed, each resumable where it is long.
+
+data -> split -> feature blocks -> identifiers -> tokenizer and model -> training -> fusion weight on the validation part
+-> full-ranking test beside the baselines -> artefact folder. The test part is read once, at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import trange
+
+from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
+from hf_genrec.alignment.trainers.recommender import train_recommender
+from hf_genrec.data.interactions import RecommendationData, load_data
+from hf_genrec.data.splits import Split, make_split
+from hf_genrec.errors import RequestError
+from hf_genrec.evaluation.evaluation_report import EvaluationReport
+from hf_genrec.evaluation.evaluator import evaluate, training_counts
+from hf_genrec.evaluation.metrics import ndcg_at_k, ranks_from_topk
+from hf_genrec.evaluation.recommenders import ModelRecommender, encode_batch
+from hf_genrec.evaluation.report import plot_results
+from hf_genrec.evaluation.ties import tie_report
+from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.trie import ItemTrie
+from hf_genrec.hub import save_artifact
+from hf_genrec.hub.metrics_file import build_metrics
+from hf_genrec.identifiers.collisions import resolve_collisions
+from hf_genrec.identifiers.health import identifier_health
+from hf_genrec.identifiers.tokenization_item import ItemTokenizer
+from hf_genrec.recipes import baselines as baseline_runs
+from hf_genrec.recipes.components import MODELS
+from hf_genrec.recipes.resolver import Recipe
+from hf_genrec.recipes.stages import feature_blocks, identifier_vectors, model_vectors, quantize
+
+logger = logging.getLogger(__name__)
+KS = (1, 5, 10, 20, 50)
+DENSE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BASELINES = ("popularity", "item_graph", "sasrec_ce")
+
+
+@dataclass
+class Stages:
+    """Wall-clock seconds per stage, printed as they end."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    progress: bool = True
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if self.progress:
+            print(f"[{name}] ...", flush=True)
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        if self.progress:
+            print(f"[{name}] {self.seconds[name]:.1f} s", flush=True)
+
+
+@dataclass
+class TrainedRecipe:
+    """What `train_recipe` returns: the artefact folder and everything in it."""
+
+    folder: Path
+    model: Any
+    tokenizer: ItemTokenizer
+    data: RecommendationData
+    split: Split
+    report: EvaluationReport
+    variants: dict[str, EvaluationReport]
+    baselines: dict[str, EvaluationReport]
+    metrics: dict[str, Any]
+
+
+def load_data_section(
+    section: dict[str, Any],
+    dataset: Any,
+    *,
+    items: Any = None,
+    data_dir: Any = None,
+    require_text: bool = False,
+    align: Callable[[RecommendationData], RecommendationData] | None = None,
+) -> tuple[RecommendationData, Split]:
+    """Data and split as the `data` section of a recipe says; `align` may map the data to another catalogue."""
+    options = dict(section)
+    protocol = options.pop("protocol", "leave_one_out")
+    fractions = {key: options.pop(key) for key in ("validation_fraction", "test_fraction") if key in options}
+    data = load_data(dataset, items=items, data_dir=data_dir, require_text=require_text, **options)
+    data = align(data) if align else data
+    return data, make_split(data, protocol, **(fractions if protocol == "global_time" else {}))
+
+
+def build_tokenizer(
+    recipe: Recipe, data: RecommendationData, split: Split, *, seed: int, progress: bool = True
+) -> tuple[ItemTokenizer, np.ndarray | None, dict[str, Any]]:
+    """Identifiers for every item: the tokenizer, the model's input features (N, F) and the health of the codes."""
+    blocks = feature_blocks(recipe.features, data, split, progress)
+    names = recipe.identifiers.get("features", [])
+    vectors = identifier_vectors(names, blocks) if names else None
+    quantized = quantize(recipe.identifiers, vectors, data.num_items, seed, progress)
+    policy = recipe.identifiers.get("collisions", "keep")
+    before = identifier_health(quantized.codes_NL, quantized.codebook_sizes, vectors)
+    extra: dict[str, Any] = {}
+    if policy == "next_nearest":
+        extra = {"codebooks": quantized.codebooks, "features": quantized.features}
+    elif policy == "counter":
+        extra = {"priority": training_counts(split.train, data.num_items)}
+    codes, sizes = resolve_collisions(quantized.codes_NL, quantized.codebook_sizes, policy, **extra)
+    health = identifier_health(codes, sizes, vectors)
+    if progress and len(sizes) > 1:
+        print(health, flush=True)
+    tokenizer = ItemTokenizer.from_codes(
+        data.item_ids,
+        codes,
+        codebook_sizes=sizes,
+        num_user_tokens=recipe.identifiers.get("num_user_tokens", 0),
+        history_eos=recipe.identifiers.get("history_eos", False),
+    )
+    record = health.to_dict() | {"policy": policy, "before_policy": before.to_dict()}
+    return tokenizer, model_vectors(blocks), record
+
+
+def build_model(recipe: Recipe, tokenizer: ItemTokenizer, features_NF: np.ndarray | None, *, seed: int) -> Any:
+    """A freshly initialised model of the recipe's type and sizes."""
+    component = MODELS[recipe.model["type"]]
+    model_class = component.load()
+    options = {key: value for key, value in recipe.model.items() if key != "type"}
+    if "sequence_training" in component.gives:
+        options.setdefault("max_position_embeddings", recipe.training.get("max_history", 50))
+    takes_features = "item_features" in component.gives
+    if takes_features:
+        options["item_feature_dim"] = 0 if features_NF is None else int(features_NF.shape[1])
+    torch.manual_seed(seed)
+    model = model_class(model_class.config_class.from_tokenizer(tokenizer, **options))
+    if takes_features:
+        model.set_catalogue(tokenizer.codes, features_NF)
+    return model
+
+
+@torch.no_grad()
+def choose_dense_weight(model: Any, tokenizer: ItemTokenizer, split: Split, progress: bool = True) -> dict[str, float]:
+    """NDCG@10 on the validation part per fusion weight (seen items removed): one search, its candidates rescored."""
+    config = model.recommendation_config.merged(dense_weight=0.0)
+    trie = ItemTrie.from_tokenizer(tokenizer, model.device)
+    histories, targets = split.validation.histories, torch.as_tensor(split.validation.targets).long()
+    ranks: dict[float, list[np.ndarray]] = {weight: [] for weight in DENSE_WEIGHTS}
+    for start in trange(0, len(targets), config.batch_size, desc="fusion weight", disable=not progress, leave=False):
+        rows = [histories[row] for row in range(start, min(start + config.batch_size, len(targets)))]
+        inputs = encode_batch(model, tokenizer, config, rows)
+        seen = [np.unique(row) for row in rows]
+        width = {"k": config.num_beams, "num_beams": config.num_beams}
+        items_BK, scores_BK = model.recommend_indices(**inputs, trie=trie, seen=seen, config=config, **width)
+        state = model.start_decoding(**inputs)
+        for weight in DENSE_WEIGHTS:
+            fused_BK = model.rescore_items(state, items_BK, scores_BK, config.merged(dense_weight=weight))
+            fused_BK = fused_BK.masked_fill(items_BK < 0, -torch.inf)
+            order_BK = fused_BK.argsort(dim=1, descending=True, stable=True)
+            ranked_BK = items_BK.gather(1, order_BK).cpu().numpy()
+            ranks[weight].append(ranks_from_topk(ranked_BK, targets[start : start + len(rows)].numpy()))
+    return {f"{weight:g}": ndcg_at_k(np.concatenate(found), 10) for weight, found in ranks.items()}
+
+
+def train_recipe(
+    recipe: Recipe,
+    dataset: Any,
+    output_dir: str | Path,
+    *,
+    items: Any = None,
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+    baselines: Sequence[str] = BASELINES,
+    resume: bool = False,
+    keep_checkpoints: bool = False,
+    progress: bool = True,
+) -> TrainedRecipe:
+    """Run every stage of a recipe and write the artefact folder.
+
+    Args:
+        recipe: from `resolve_recipe`.
+        dataset: anything `load_data` takes.
+        output_dir: the artefact folder, replaced in one step when it exists; checkpoints go to `<output_dir>-checkpoints`.
+        baselines: of "popularity", "item_graph", "sasrec_ce". SASRec is trained in a second process at the same time and
+            kept as an artefact of its own in `<output_dir>-sasrec_ce`; an up-to-date one is used again.
+        resume: go on from the newest checkpoint of an interrupted run.
+
+    Raises:
+        GenRecError: bad data, a recipe that does not fit it, a loss that is not finite.
+    """
+    folder = Path(output_dir)
+    unknown = sorted(set(baselines) - set(BASELINES))
+    if unknown:
+        raise RequestError(f"unknown baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}, or none.")
+    stages = Stages(progress=progress)
+    torch.manual_seed(seed)
+    with stages("data"):
+        data, split = load_data_section(
+            recipe.data, dataset, items=items, data_dir=data_dir, require_text=recipe.needs_text()
+        )
+        if progress:
+            print(data.report, flush=True)
+    pending = None
+    if "sasrec_ce" in baselines and recipe.name != "sasrec":
+        pending = baseline_runs.start_sasrec(
+            folder.with_name(f"{folder.name}-sasrec_ce"),
+            dataset,
+            recipe,
+            items=items,
+            data_dir=data_dir,
+            seed=seed,
+            fingerprint=data_fingerprint(data, split),
+        )
+    try:
+        with stages("identifiers"):
+            tokenizer, features, health = build_tokenizer(recipe, data, split, seed=seed, progress=progress)
+        model = build_model(recipe, tokenizer, features, seed=seed)
+        generation = dict(recipe.generation)
+        dense_weight = generation.pop("dense_weight", 0.0)
+        at_validation = dense_weight == "validation"
+        model.recommendation_config = RecommendationConfig(
+            **generation, dense_weight=0.5 if at_validation else dense_weight
+        )
+        checkpoints = folder.with_name(f"{folder.name}-checkpoints")
+        args = RecommenderTrainingArguments(
+            **{"output_dir": str(checkpoints), "seed": seed, "disable_tqdm": not progress} | recipe.training
+        )
+        if not resume and checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+        with stages("training"):
+            trained = train_recommender(
+                model,
+                tokenizer,
+                split,
+                args,
+                user_ids=data.user_ids if tokenizer.num_user_tokens else None,
+                resume_from_checkpoint=resume or None,
+            )
+        model = trained.model.eval()
+        fusion = None
+        with stages("evaluation"):
+            if at_validation:
+                fusion = choose_dense_weight(model, tokenizer, split, progress)
+                best = max(fusion, key=lambda weight: fusion[weight])
+                model.recommendation_config = model.recommendation_config.merged(dense_weight=float(best))
+            report, variants = evaluate_model(model, tokenizer, data, split, recipe.name, progress)
+        with stages("baselines"):
+            reports = baseline_runs.evaluate_simple(baselines, data, split, ks=KS, progress=progress)
+            if pending is not None:
+                reports["sasrec_ce"] = pending.evaluate(data, split, ks=KS, progress=progress)
+    except BaseException:
+        if pending is not None:
+            pending.stop()
+        raise
+    metrics = collect_metrics(
+        recipe, data, split, seed, report, variants, reports, health, fusion, trained.summary, stages.seconds
+    )
+    with stages("saving"):
+        save(folder, recipe, model, tokenizer, data, metrics, [report, *variants.values(), *reports.values()])
+    if not keep_checkpoints:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return TrainedRecipe(folder, model, tokenizer, data, split, report, variants, reports, metrics)
+
+
+def data_fingerprint(data: RecommendationData, split: Split) -> str:
+    """Identity of data and split: what an earlier baseline run must match to be used again."""
+    digest = hashlib.sha256(f"{split.protocol}|{data.num_items}".encode())
+    for part in (data.sequences.offsets, data.sequences.items, split.test.users, split.test.targets):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluate_model(
+    model: Any, tokenizer: ItemTokenizer, data: RecommendationData, split: Split, name: str, progress: bool
+) -> tuple[EvaluationReport, dict[str, EvaluationReport]]:
+    """Test report of the configured recommender, and of generation alone where a dense head takes part."""
+
+    def measure(config: RecommendationConfig, label: str) -> EvaluationReport:
+        return evaluate(
+            ModelRecommender(model, tokenizer, config, user_ids=data.user_ids if tokenizer.num_user_tokens else None),
+            split.test,
+            num_items=data.num_items,
+            ks=KS,
+            train_counts=training_counts(split.train, data.num_items),
+            repeats=data.repeats,
+            name=label,
+            progress=progress,
+        )
+
+    config = model.recommendation_config
+    report = measure(config, name)
+    variants = {}
+    if config.dense_weight:
+        label = f"{name}, generation only"
+        variants[label] = measure(config.merged(dense_weight=0.0), label)
+    return report, variants
+
+
+def collect_metrics(
+    recipe: Recipe,
+    data: RecommendationData,
+    split: Split,
+    seed: int,
+    report: EvaluationReport,
+    variants: dict[str, EvaluationReport],
+    baselines: dict[str, EvaluationReport],
+    health: dict[str, Any],
+    fusion: dict[str, float] | None,
+    training: dict[str, Any],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The content of metrics.json."""
+    differences = {
+        name: {metric: report.compare(other, metric).to_dict() for metric in ("recall@10", "ndcg@10")}
+        for name, other in baselines.items()
+    }
+    return build_metrics(
+        dataset=data.name,
+        protocol=split.protocol,
+        seed=seed,
+        test=report,
+        baselines=baselines,
+        identifiers=health,
+        wall_seconds=dict(seconds),
+        variants={name: variant.to_dict() for name, variant in variants.items()},
+        differences=differences or None,
+        data=data.report.to_dict(),
+        split=dict(split.report),
+        ties=tie_report(data, split),
+        fingerprint=data_fingerprint(data, split),
+        training={key: value for key, value in training.items() if value is not None},
+        validation_ndcg10_by_dense_weight=fusion,
+        status=recipe.status,
+    )
+
+
+def save(
+    folder: Path,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: ItemTokenizer,
+    data: RecommendationData,
+    metrics: dict[str, Any],
+    reports: list[EvaluationReport],
+) -> None:
+    """Write the artefact in one step, with a picture of the results where matplotlib is installed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = plot_results(reports, Path(scratch) / "results.png", required=False)
+        save_artifact(
+            folder,
+            model=model,
+            tokenizer=tokenizer,
+            items=data.items,
+            recipe=recipe.to_dict(),
+            metrics=metrics,
+            plots={"results.png": picture.read_bytes()} if picture else None,
+        )

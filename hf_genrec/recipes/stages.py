@@ -1,0 +1,189 @@
+"""The stages before the model: feature blocks and identifiers, as a recipe names them.
+
+Each function here is the value of one line in `components`; arrays are handed on, so no room imports its neighbour.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_genrec.data.interactions import RecommendationData
+from hf_genrec.data.splits import Split
+from hf_genrec.errors import IncompatibleComponentsError, ItemTableError, RecipeError
+from hf_genrec.identifiers.features import cooccurrence_svd, pca, text_features
+from hf_genrec.recipes.components import FEATURES, QUANTIZERS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FeatureBlock:
+    """One source of item vectors: `symmetric` (N, E) for identifiers, `inputs` (N, F) for the model."""
+
+    symmetric: np.ndarray
+    inputs: np.ndarray
+
+
+def _unit_scale(features_NE: np.ndarray) -> np.ndarray:
+    """Centred, with one common scale: keeps the spectrum, so large directions stay large."""
+    centred = features_NE - features_NE.mean(0)
+    return (centred / max(float(centred.std()), 1e-8)).astype(np.float32)
+
+
+def text_block(
+    data: RecommendationData,
+    split: Split,
+    *,
+    encoder: str | None = None,
+    fields: list[str] | None = None,
+    dim: int | None = None,
+    when_missing: str = "error",
+    progress: bool = True,
+) -> FeatureBlock | None:
+    """Vectors of the item texts; with `when_missing="skip"` None where there is no text or no encoder."""
+    if when_missing not in ("error", "skip"):
+        raise RecipeError(f"features.text.when_missing must be 'error' or 'skip', got {when_missing!r}.")
+    if data.items is None:
+        if when_missing == "skip":
+            logger.warning("no item table: the recipe goes on without text features")
+            return None
+        raise ItemTableError(f"{data.name}: the recipe needs item texts; give an item table with --items FILE.")
+    texts = data.items.texts(fields)
+    empty = [item for item, text in zip(data.item_ids, texts, strict=True) if not text.strip()]
+    if empty and when_missing == "error":
+        raise ItemTableError(
+            f"{data.name}: {len(empty)} items have no text (first: {empty[:3]}), which the recipe needs; add titles or "
+            "set --features.text.when_missing skip."
+        )
+    try:
+        vectors = text_features(texts, encoder, progress=progress)
+    except IncompatibleComponentsError as error:
+        if when_missing == "error" or encoder is not None:
+            raise
+        logger.warning("the recipe goes on without text features: %s", error)
+        return None
+    if dim is not None and dim < vectors.shape[1]:
+        vectors = pca(vectors, dim)
+    vectors = _unit_scale(vectors)
+    return FeatureBlock(vectors, vectors)
+
+
+def cooccurrence_block(
+    data: RecommendationData,
+    split: Split,
+    *,
+    dim: int = 64,
+    window: int = 10,
+    damping: str = "log",
+    progress: bool = True,
+) -> FeatureBlock:
+    """Truncated SVD of the training co-occurrence: undirected for identifiers, predecessor and successor for the model."""
+    options = {"window": window, "damping": damping}
+    symmetric = cooccurrence_svd(split.train, data.num_items, dim, directed=False, **options)
+    source, target = cooccurrence_svd(split.train, data.num_items, dim, directed=True, **options)
+    return FeatureBlock(
+        _unit_scale(symmetric), np.concatenate([_unit_scale(source), _unit_scale(target)], axis=1).astype(np.float32)
+    )
+
+
+def feature_blocks(
+    features: dict[str, dict[str, Any]], data: RecommendationData, split: Split, progress: bool = True
+) -> dict[str, FeatureBlock]:
+    """All blocks of a recipe that could be made."""
+    blocks = {}
+    for name, options in features.items():
+        block = FEATURES[name].load()(data, split, progress=progress, **options)
+        if block is not None:
+            blocks[name] = block
+    return blocks
+
+
+def identifier_vectors(names: list[str], blocks: dict[str, FeatureBlock]) -> np.ndarray:
+    """Blocks side by side, each scaled to the same total variance whatever its width. (N, E)"""
+    chosen = [blocks[name].symmetric for name in names if name in blocks]
+    if not chosen:
+        raise IncompatibleComponentsError(
+            f"identifiers.features names {names}, but none of these could be made from this data; add 'cooccurrence' "
+            "or give an item table."
+        )
+    return np.concatenate([block / np.sqrt(block.shape[1]) for block in chosen], axis=1).astype(np.float32)
+
+
+def model_vectors(blocks: dict[str, FeatureBlock]) -> np.ndarray | None:
+    """Input features of the model. (N, F)"""
+    return np.concatenate([block.inputs for block in blocks.values()], axis=1) if blocks else None
+
+
+@dataclass
+class Quantized:
+    """Codes before collisions are resolved, and what a policy may need."""
+
+    codes_NL: np.ndarray
+    codebook_sizes: tuple[int, ...]
+    codebooks: Any = None
+    features: Any = None
+    quantizer: Any = None
+
+
+def atomic_codes(vectors: np.ndarray | None, num_items: int, *, seed: int = 0, progress: bool = True) -> Quantized:
+    """One code per item: the identifier of SASRec and of every classic sequential recommender."""
+    return Quantized(np.arange(num_items)[:, None], (num_items,))
+
+
+def residual_kmeans_codes(
+    vectors: np.ndarray,
+    num_items: int,
+    *,
+    codebook_sizes: list[int],
+    iterations: int = 25,
+    pca_dim: int | None = None,
+    whiten: bool = False,
+    max_load: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Quantized:
+    """Residual k-means on the item vectors."""
+    from hf_genrec.identifiers.quantizers.residual_kmeans import ResidualKMeans
+
+    quantizer = ResidualKMeans(
+        codebook_sizes,
+        seed=seed,
+        iterations=iterations,
+        pca_dim=pca_dim,
+        whiten=whiten,
+        max_load=max_load,
+        few_points="duplicate",
+    ).fit(vectors)
+    codes = quantizer.encode(vectors).numpy()
+    return Quantized(codes, tuple(codebook_sizes), quantizer.codebooks, quantizer.transform(vectors), quantizer)
+
+
+def rq_vae_codes(
+    vectors: np.ndarray, num_items: int, *, seed: int = 0, progress: bool = True, **options: Any
+) -> Quantized:
+    """RQ-VAE on the item vectors, trained with Trainer."""
+    from hf_genrec.identifiers.quantizers.configuration_rq_vae import RQVAEConfig
+    from hf_genrec.identifiers.quantizers.training import train_rq_vae
+
+    training = {key: options.pop(key) for key in ("max_steps", "learning_rate") if key in options}
+    config = RQVAEConfig(input_size=vectors.shape[1], **options)
+    model = train_rq_vae(vectors, config, seed=seed, progress=progress, **training)
+    codes = np.asarray(model.encode(torch.as_tensor(vectors)))
+    return Quantized(codes, tuple(config.codebook_sizes), quantizer=model)
+
+
+def quantize(
+    identifiers: dict[str, Any], vectors: np.ndarray | None, num_items: int, seed: int, progress: bool
+) -> Quantized:
+    """Run the quantizer that a recipe names, with its own options."""
+    component = QUANTIZERS[identifiers["quantizer"]]
+    options = {key: identifiers[key] for key in component.options if key in identifiers}
+    return component.load()(vectors, num_items, seed=seed, progress=progress, **options)
+
+
+__all__ = ["FeatureBlock", "feature_blocks", "identifier_vectors", "model_vectors", "quantize"]

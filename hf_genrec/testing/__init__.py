@@ -1,0 +1,1 @@
+"""Test tools for components of this library and of others."""

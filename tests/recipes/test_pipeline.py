@@ -1,0 +1,136 @@
+"""The whole way on a generated catalogue: an item is followed by its successor, so Hit@1 must be 1.0."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from hf_genrec import load_artifact
+from hf_genrec.cli.main import main, parse_overrides
+from hf_genrec.errors import ItemTableError, RequestError
+from hf_genrec.generation.trie import ItemTrie
+from hf_genrec.recipes.pipeline import train_recipe
+from hf_genrec.recipes.resolver import resolve_recipe
+
+ITEMS, USERS, LENGTH = 60, 120, 14
+
+
+def _write_log(folder, with_items: bool = True):
+    """A log in which item i is followed by i + 1 (cyclic), and an item table with hostile titles among the others."""
+    generator = np.random.default_rng(0)
+    rows = ["user_id,item_id,timestamp"]
+    for user in range(USERS):
+        start = int(generator.integers(ITEMS))
+        rows += [f"u{user},i{(start + step) % ITEMS:03d},{1_000_000 + user * 50 + step}" for step in range(LENGTH)]
+    (folder / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    if with_items:
+        titles = ['"Film <a_1>, | part"', "</s> ignore", "**bold** [x](http://e)"]
+        lines = [f"i{n:03d},{titles[n % 3]} {n}" for n in range(ITEMS)]
+        (folder / "items.csv").write_text(
+            "item_id,title\n" + "\n".join(lines).replace('" ', " ").replace('"', "") + "\n"
+        )
+    return folder / "log.csv"
+
+
+SMALL = {
+    "codebook_sizes": [8, 8],
+    "features.cooccurrence.dim": 16,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "num_train_epochs": 30,
+    "max_history": 12,
+    "model.dropout": 0.1,
+    "logging_steps": 1000,
+    "eval_epochs": 10,
+    "features.text.when_missing": "skip",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("successor")
+    log = _write_log(folder, with_items=False)
+    recipe = resolve_recipe("tandem", SMALL)
+    return train_recipe(recipe, log, folder / "model", baselines=["popularity", "item_graph"], progress=False)
+
+
+def test_successor_catalogue_hit_at_1(trained) -> None:
+    assert trained.metrics["test"]["recall@1"] == 1.0
+    generated = trained.model.recommend_indices  # generation alone, whatever fusion weight the validation part chose
+    batch = trained.tokenizer.encode_item_indices([np.arange(n, n + 6) for n in range(50)], return_tensors="pt")
+    config = trained.model.recommendation_config.merged(dense_weight=0.0)
+    trie = ItemTrie.from_tokenizer(trained.tokenizer)
+    items, _ = generated(batch["input_ids"], batch["attention_mask"], trie=trie, k=1, num_beams=20, config=config)
+    assert items[:, 0].tolist() == list(range(6, 56))
+    assert trained.metrics["baselines"]["popularity"]["recall@1"] < 0.5
+
+
+def test_artefact_holds_the_contract_files(trained) -> None:
+    names = {path.name for path in trained.folder.iterdir()}
+    expected = "config.json model.safetensors generation_config.json recommendation_config.json tokenizer_config.json "
+    expected += "item_codes.safetensors recipe.yaml metrics.json manifest.json README.md"
+    assert set(expected.split()) <= names
+    metrics = json.loads((trained.folder / "metrics.json").read_text())
+    assert set(metrics["baselines"]) == {"popularity", "item_graph"} and metrics["identifiers"]["collision_rate"] == 0.0
+
+
+def test_reloaded_artefact_recommends_the_successor(trained) -> None:
+    artifact = load_artifact(trained.folder)
+    answers = artifact.recommend([["i004", "i005", "i006"], ["i057", "i058"], []], k=3)
+    assert [answer[0].item_id for answer in answers[:2]] == ["i007", "i059"]
+    assert len(answers[2]) == 3  # a new user without any history
+
+
+def test_command_line_reads_the_artefact(trained, capsys) -> None:
+    assert main(["recommend", str(trained.folder), "--history", "i010,i011", "-k", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recommendations"][0]["item_id"] == "i012"
+    dataset = str(trained.folder.parent / "log.csv")
+    assert main(["evaluate", str(trained.folder), "--dataset", dataset, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["recall@1"] == 1.0
+    assert main(["recommend", str(trained.folder), "--history", "nothing"]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and "nothing" in error and "Traceback" not in error
+
+
+def test_recipe_that_needs_text_says_so_before_training(tmp_path) -> None:
+    log = _write_log(tmp_path, with_items=False)
+    with pytest.raises(ItemTableError):
+        train_recipe(resolve_recipe("tiger"), log, tmp_path / "model", baselines=[], progress=False)
+
+
+def test_unknown_baseline(tmp_path) -> None:
+    with pytest.raises(RequestError, match="item_graph"):
+        train_recipe(resolve_recipe("sasrec"), "movielens-100k", tmp_path / "m", baselines=["graph"])
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    assert parse_overrides(["--a", "1e-3", "--b=[1, 2]", "--c", "true", "--d", "text"]) == {
+        "a": 1e-3,
+        "b": [1, 2],
+        "c": True,
+        "d": "text",
+    }
+    with pytest.raises(RequestError, match="has no value"):
+        parse_overrides(["--a"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sasrec", "tiger_rkmeans"])
+def test_other_recipes_run_the_same_way(tmp_path, name) -> None:
+    log = _write_log(tmp_path)
+    options = {"num_train_epochs": 20, "max_history": 12, "logging_steps": 1000, "eval_epochs": 10}
+    if name == "tiger_rkmeans":
+        options |= {
+            "codebook_sizes": [8, 8], "features.text": None, "features.cooccurrence.dim": 16, "model.d_model": 32,
+            "identifiers.features": ["cooccurrence"], "model.d_ff": 64, "model.num_layers": 1, "model.d_kv": 16,
+            "model.num_decoder_layers": 1, "model.num_heads": 2, "model.dropout_rate": 0.0, "max_steps": 1500,
+            "per_device_train_batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50, "lr_scheduler_type": "cosine",
+            "num_user_tokens": 0,
+        }  # fmt: skip
+    trained = train_recipe(
+        resolve_recipe(name, options), log, tmp_path / "model", baselines=["popularity"], progress=False
+    )
+    assert trained.metrics["test"]["recall@1"] == 1.0
