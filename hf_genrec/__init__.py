@@ -43,6 +43,8 @@ _PUBLIC = {
     "evaluate": "hf_genrec.evaluation.evaluator",
     "save_artifact": "hf_genrec.hub",
     "load_artifact": "hf_genrec.hub",
+    "push_artifact": "hf_genrec.hub",
+    "pull_artifact": "hf_genrec.hub",
     "resolve_recipe": "hf_genrec.recipes.resolver",
     "train_recipe": "hf_genrec.recipes.pipeline",
 }

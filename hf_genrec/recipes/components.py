@@ -10,7 +10,6 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-
 Options = dict[str, type | tuple[type, ...]]
 
 
@@ -30,7 +29,13 @@ class Component:
 
 
 _CODES = frozenset({"fixed_length", "ordered_codes"})
-_KMEANS_OPTIONS: Options = {"codebook_sizes": list, "iterations": int, "pca_dim": int, "whiten": bool, "max_load": float}
+_KMEANS_OPTIONS: Options = {
+    "codebook_sizes": list,
+    "iterations": int,
+    "pca_dim": int,
+    "whiten": bool,
+    "max_load": float,
+}
 
 QUANTIZERS: dict[str, Component] = {
     "atomic": Component("hf_genrec.recipes.stages:atomic_codes", frozenset({"fixed_length", "single_code"})),

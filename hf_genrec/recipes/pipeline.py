@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tqdm.auto import trange
 
 from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
 from hf_genrec.alignment.trainers.recommender import train_recommender
+from hf_genrec.artifacts import check_target
 from hf_genrec.data.interactions import RecommendationData, load_data
 from hf_genrec.data.splits import Split, make_split
 from hf_genrec.errors import RequestError
@@ -182,6 +183,7 @@ def train_recipe(
     baselines: Sequence[str] = BASELINES,
     resume: bool = False,
     keep_checkpoints: bool = False,
+    test_users: int | None = None,
     progress: bool = True,
 ) -> TrainedRecipe:
     """Run every stage of a recipe and write the artefact folder.
@@ -193,6 +195,7 @@ def train_recipe(
         baselines: of "popularity", "item_graph", "sasrec_ce". SASRec is trained in a second process at the same time and
             kept as an artefact of its own in `<output_dir>-sasrec_ce`; an up-to-date one is used again.
         resume: go on from the newest checkpoint of an interrupted run.
+        test_users: rank a fixed random part of the test rows only (a shortened run; metrics.json says so).
 
     Raises:
         GenRecError: bad data, a recipe that does not fit it, a loss that is not finite.
@@ -201,14 +204,20 @@ def train_recipe(
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise RequestError(f"unknown baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}, or none.")
+    check_target(folder)
     stages = Stages(progress=progress)
     torch.manual_seed(seed)
     with stages("data"):
         data, split = load_data_section(
             recipe.data, dataset, items=items, data_dir=data_dir, require_text=recipe.needs_text()
         )
+        notes = []
+        if test_users is not None and test_users < len(split.test):
+            rows = np.sort(np.random.default_rng(0).permutation(len(split.test))[:test_users])
+            notes.append(f"shortened run: {test_users} of {len(split.test)} test rows were ranked")
+            split = replace(split, test=split.test.take(rows))
         if progress:
-            print(data.report, flush=True)
+            print("\n".join([str(data.report), *notes]), flush=True)
     pending = None
     if "sasrec_ce" in baselines and recipe.name != "sasrec":
         pending = baseline_runs.start_sasrec(
@@ -246,6 +255,9 @@ def train_recipe(
                 resume_from_checkpoint=resume or None,
             )
         model = trained.model.eval()
+        if "sequence_training" in MODELS[recipe.model["type"]].gives:
+            # these models cut to their newest positions themselves, and may use older items as "seen"
+            model.recommendation_config = replace(model.recommendation_config, max_history=None)
         fusion = None
         with stages("evaluation"):
             if at_validation:
@@ -262,7 +274,7 @@ def train_recipe(
             pending.stop()
         raise
     metrics = collect_metrics(
-        recipe, data, split, seed, report, variants, reports, health, fusion, trained.summary, stages.seconds
+        recipe, data, split, seed, report, variants, reports, health, fusion, trained.summary, stages.seconds, notes
     )
     with stages("saving"):
         save(folder, recipe, model, tokenizer, data, metrics, [report, *variants.values(), *reports.values()])
@@ -317,6 +329,7 @@ def collect_metrics(
     fusion: dict[str, float] | None,
     training: dict[str, Any],
     seconds: dict[str, float],
+    notes: list[str],
 ) -> dict[str, Any]:
     """The content of metrics.json."""
     differences = {
@@ -340,6 +353,7 @@ def collect_metrics(
         training={key: value for key, value in training.items() if value is not None},
         validation_ndcg10_by_dense_weight=fusion,
         status=recipe.status,
+        notes=notes or None,
     )
 
 

@@ -171,10 +171,11 @@ def rq_vae_codes(
     from hf_genrec.identifiers.quantizers.training import train_rq_vae
 
     training = {key: options.pop(key) for key in ("max_steps", "learning_rate") if key in options}
-    config = RQVAEConfig(input_size=vectors.shape[1], **options)
+    config = RQVAEConfig(input_size=vectors.shape[1], standardise="global", **options)  # keeps the blocks' weights
     model = train_rq_vae(vectors, config, seed=seed, progress=progress, **training)
     codes = np.asarray(model.encode(torch.as_tensor(vectors)))
-    return Quantized(codes, tuple(config.codebook_sizes), quantizer=model)
+    features = model.transform(torch.as_tensor(vectors))
+    return Quantized(codes, tuple(config.codebook_sizes), model.codebooks, features, model)
 
 
 def quantize(

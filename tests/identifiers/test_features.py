@@ -123,7 +123,7 @@ def damped(matrix: np.ndarray, damping: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("damping", DAMPING)
-@pytest.mark.parametrize(("num_items", "dim"), [(40, 6), (8, 7), (5, 12)])
+@pytest.mark.parametrize(("num_items", "dim"), [(600, 6), (40, 6), (8, 7), (5, 12)])
 def test_directed_svd_is_the_best_low_rank_product(damping: str, num_items: int, dim: int) -> None:
     train = random_rows(200, num_items)
     source, target = cooccurrence_svd(train, num_items, dim, window=4, damping=damping, directed=True)
@@ -151,24 +151,31 @@ def test_directed_svd_knows_what_comes_next() -> None:
     assert ((source @ target.T).argmax(1) == (np.arange(30) + 1) % 30).all()
 
 
-def test_svd_is_deterministic_and_leaves_the_global_random_state_alone() -> None:
-    train = random_rows(300, 60)
+@pytest.mark.parametrize("num_items", [60, 700])
+def test_svd_is_deterministic_and_leaves_the_global_random_state_alone(num_items: int) -> None:
+    train = random_rows(300, num_items)
     np.random.seed(0)
-    first = cooccurrence_svd(train, 60, 8, directed=True)
     state = np.random.get_state()[1].copy()
-    np.random.seed(1)
-    second = cooccurrence_svd(train, 60, 8, directed=True)
-    assert all(np.array_equal(a, b) for a, b in zip(first, second))
-    np.random.seed(0)
+    first = cooccurrence_svd(train, num_items, 8, directed=True)
     assert np.array_equal(np.random.get_state()[1], state)
+    np.random.seed(1)
+    second = cooccurrence_svd(train, num_items, 8, directed=True)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second))
     source = first[0]
     assert (source[np.abs(source).argmax(0), np.arange(8)] > 0).all()
 
 
-def test_unseen_items_and_missing_rank_give_zeros() -> None:
-    features = cooccurrence_svd(Sequences.from_rows([[0, 1], [1, 0]]), 20, 6)
-    assert np.abs(features[2:]).max() < 1e-6 and np.abs(features[:, 2:]).max() < 1e-3
-    assert np.isfinite(features).all() and np.abs(features[:2, 0]).min() > 0.1
+@pytest.mark.parametrize("num_items", [20, 700])
+def test_unseen_items_and_missing_rank_give_zeros(num_items: int) -> None:
+    train = Sequences.from_rows([[0, 1], [1, 0], [2, 3]])
+    source, target = cooccurrence_svd(train, num_items, 6, directed=True, damping="none")
+    assert np.isfinite(source).all() and np.abs(source[4:]).max() < 1e-6 and np.abs(source[:, 3:]).max() == 0
+    expected = np.zeros((num_items, num_items))
+    expected[0, 1] = expected[1, 0] = expected[2, 3] = 1
+    np.testing.assert_allclose(source @ target.T, expected, atol=1e-6)
+    for _ in range(5):  # equal singular values and a rank below dim: where ARPACK draws vectors
+        again, _ = cooccurrence_svd(train, num_items, 6, directed=True, damping="none")
+        assert np.array_equal(again, source)
 
 
 def test_svd_errors() -> None:

@@ -59,8 +59,8 @@ class RQVAETrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"RQ-VAE loss is {float(loss.detach())} at step {self.state.global_step}: lower the learning rate or check the "
-                "features for outliers"
+                f"RQ-VAE loss is {float(loss.detach())} at step {self.state.global_step}: lower the learning rate or "
+                "check the features for outliers"
             )
         return (loss, outputs) if return_outputs else loss
 

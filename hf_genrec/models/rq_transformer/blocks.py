@@ -17,11 +17,12 @@ from .configuration_rq_transformer import RQTransformerConfig
 
 
 class TransformerBlock(GradientCheckpointingLayer):
-    """Pre-norm block: causal self-attention and a GELU feed-forward, used by timeline and depth decoder alike."""
+    """Causal self-attention and a GELU feed-forward, normalised after each (or before), for timeline and depth decoder."""
 
     def __init__(self, config: RQTransformerConfig, intermediate_size: int) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.norm_first = config.norm_first
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
@@ -30,13 +31,22 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.down = nn.Linear(intermediate_size, config.hidden_size)
         self.dropout = PooledDropout(config.dropout)
 
-    def forward(self, x_BTd: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
+    def _attend(self, x_BTd: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         batch, length, width = x_BTd.shape
-        qkv = self.qkv(self.attention_norm(x_BTd)).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x_BTd).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1TT, is_causal=mask_B1TT is None)
-        x_BTd = x_BTd + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
-        return x_BTd + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x_BTd)))))
+        return self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+
+    def _transform(self, x_BTd: Tensor) -> Tensor:
+        return self.dropout(self.down(F.gelu(self.up(x_BTd))))
+
+    def forward(self, x_BTd: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
+        if self.norm_first:
+            x_BTd = x_BTd + self._attend(self.attention_norm(x_BTd), mask_B1TT)
+            return x_BTd + self._transform(self.mlp_norm(x_BTd))
+        x_BTd = self.attention_norm(x_BTd + self._attend(x_BTd, mask_B1TT))
+        return self.mlp_norm(x_BTd + self._transform(x_BTd))
 
 
 class DepthDecoder(nn.Module):
@@ -50,7 +60,7 @@ class DepthDecoder(nn.Module):
         self.layers = nn.ModuleList(
             TransformerBlock(config, config.depth_intermediate_size) for _ in range(config.depth_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.code_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.repeat_weight = nn.Parameter(torch.zeros(config.num_levels))
 
@@ -71,19 +81,25 @@ class DepthDecoder(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Scores the whole catalogue: scaled cosine of a projected state with item vectors, plus a bias per item."""
+    """Scores the whole catalogue from a state, plus a bias per item.
+
+    `dense_similarity="dot"`: inner product with the very vectors that the timeline reads, as SASRec ties input and output;
+    `"cosine"`: scaled cosine of a projected state with item vectors of an own feature projection (2411.18814).
+    """
 
     def __init__(self, config: RQTransformerConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.feature_projection = (
-            nn.Linear(config.item_feature_dim, config.hidden_size) if config.item_feature_dim else None
-        )
+        self.cosine = config.dense_similarity == "cosine"
+        width = config.hidden_size
+        self.query = nn.Linear(width, width) if self.cosine else None
+        own = self.cosine and config.item_feature_dim > 0
+        self.feature_projection = nn.Linear(config.item_feature_dim, width) if own else None
         self.item_bias = nn.Parameter(torch.zeros(config.num_items))
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(())) if self.cosine else None
         self.repeat_weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, states_Pd: Tensor, item_vectors_Nd: Tensor) -> Tensor:
+        if not self.cosine:
+            return F.linear(states_Pd, item_vectors_Nd, self.item_bias)
         query = F.normalize(self.query(states_Pd), dim=-1)
-        items = F.normalize(item_vectors_Nd, dim=-1)
-        return F.linear(query * self.log_scale.exp(), items, self.item_bias)
+        return F.linear(query * self.log_scale.exp(), F.normalize(item_vectors_Nd, dim=-1), self.item_bias)

@@ -1,7 +1,5 @@
 """Configuration of the RQ-Transformer recommender (timeline + depth decoder, arXiv 2203.01941 and 2508.14910)."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -22,9 +20,12 @@ class RQTransformerConfig(PreTrainedConfig):
         max_position_embeddings: newest items of a history that the timeline reads.
         item_embedding: add a free vector per item to input and dense head (0 for an item never trained on).
         dense_head: train a catalogue-wide head beside the codes (2411.18814) whose scores can be fused at inference.
+        dense_similarity: "dot" with the vectors the timeline reads, or "cosine" with own item vectors (2411.18814).
         dense_loss_weight: weight of its cross-entropy; the code loss has weight 1.
         learn_repeat_weight: learn how much more or less likely an item is because the user had it already.
-        initializer_range: standard deviation of linear layers; the code tables have their own (input 0.1, depth 0.7).
+        norm_first: normalise before attention and feed-forward instead of after them.
+        initializer_range: standard deviation of the linear layers at the start.
+        embedding_std: of each part of an item's input vector at the start (the depth decoder's tables have their own).
         catalogue_fingerprint: of the tokenizer the model belongs to; checked by `recommend`.
     """
 
@@ -46,11 +47,14 @@ class RQTransformerConfig(PreTrainedConfig):
     max_position_embeddings: int = 50
     item_embedding: bool = True
     dense_head: bool = True
-    dense_loss_weight: float = 1.0
+    dense_similarity: str = "dot"
+    dense_loss_weight: float | int = 1.0
     learn_repeat_weight: bool = True
-    dropout: float = 0.2
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    norm_first: bool = False
+    dropout: float | int = 0.2
+    layer_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.1
+    embedding_std: float | int = 0.05
     pad_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     bos_token_id: int | None = 3
@@ -65,6 +69,10 @@ class RQTransformerConfig(PreTrainedConfig):
                 f"RQTransformerConfig: {len(self.codebook_sizes)} codebook_sizes but {len(self.level_offsets)} "
                 "level_offsets; take both from one tokenizer with RQTransformerConfig.from_tokenizer."
             )
+        if self.dense_similarity not in ("dot", "cosine"):
+            raise IncompatibleComponentsError(
+                f"RQTransformerConfig: dense_similarity must be 'dot' or 'cosine', got {self.dense_similarity!r}."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise IncompatibleComponentsError(
                 f"RQTransformerConfig: hidden_size {self.hidden_size} is not a multiple of "
@@ -77,7 +85,7 @@ class RQTransformerConfig(PreTrainedConfig):
         return len(self.codebook_sizes)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, **kwargs: Any) -> RQTransformerConfig:
+    def from_tokenizer(cls, tokenizer: Any, **kwargs: Any) -> "RQTransformerConfig":
         """Sizes and special ids from the catalogue of an [`ItemTokenizer`]; `kwargs` override."""
         values = {
             "vocab_size": len(tokenizer),

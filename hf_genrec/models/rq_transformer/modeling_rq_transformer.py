@@ -52,27 +52,32 @@ class RQTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=std if not hasattr(module, "_init_std") else module._init_std)
+            init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, RQTransformerModel):
-            init.normal_(module.code_embedding.weight, std=0.1)
-            init.normal_(module.position_embedding.weight, std=std)
-            init.normal_(module.start, std=0.1)
+            # item vectors start small and of one size, whatever they are made of: they are output vectors too
+            size = self.config.embedding_std
+            init.normal_(module.code_embedding.weight, std=size)
+            init.normal_(module.position_embedding.weight, std=size)
+            init.normal_(module.start, std=size)
             if module.item_embedding is not None:
-                init.normal_(module.item_embedding.weight, std=std)
+                init.normal_(module.item_embedding.weight, std=size)
+            if module.feature_projection is not None:
+                init.normal_(module.feature_projection.weight, std=size / self.config.item_feature_dim**0.5)
         elif isinstance(module, DepthDecoder):
             init.normal_(module.code_embedding.weight, std=0.7)
-            init.normal_(module.level_embedding, std=std)
-            init.normal_(module.code_head.weight, std=std)
+            init.normal_(module.level_embedding, std=0.02)
+            init.normal_(module.code_head.weight, std=0.02)
             init.zeros_(module.code_head.bias)
             init.zeros_(module.repeat_weight)
         elif isinstance(module, DenseHead):
             init.zeros_(module.item_bias)
-            init.constant_(module.log_scale, 2.3)
+            if module.log_scale is not None:
+                init.constant_(module.log_scale, 2.3)
             init.zeros_(module.repeat_weight)
 
 
@@ -92,7 +97,7 @@ class RQTransformerModel(RQTransformerPreTrainedModel):
         self.layers = nn.ModuleList(
             TransformerBlock(config, config.intermediate_size) for _ in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         # the catalogue travels with the weights: codes to find an item's row, features as fixed inputs
         self.register_buffer("item_codes", torch.zeros(config.num_items, config.num_levels, dtype=torch.int32))
         self.register_buffer("item_features", torch.zeros(config.num_items, config.item_feature_dim))
@@ -359,8 +364,9 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
             list(self.config.level_offsets), device=self.model.item_codes.device
         )
         vectors = F.embedding_bag(ids, self.model.code_embedding.weight, mode="sum")
-        if self.dense.feature_projection is not None:
-            vectors = vectors + self.dense.feature_projection(self.model.item_features)
+        projection = self.dense.feature_projection or self.model.feature_projection
+        if projection is not None:
+            vectors = vectors + projection(self.model.item_features)
         if self.model.item_embedding is not None:
             vectors = vectors + self.model.item_embedding.weight
         return vectors
