@@ -129,14 +129,14 @@ def build_tokenizer(
         history_eos=recipe.identifiers.get("history_eos", False),
     )
     record = health.to_dict() | {"policy": policy, "before_policy": before.to_dict()}
-    return tokenizer, model_vectors(blocks), record
+    return tokenizer, model_vectors(blocks, recipe.model.get("features")), record
 
 
 def build_model(recipe: Recipe, tokenizer: ItemTokenizer, features_NF: np.ndarray | None, *, seed: int) -> Any:
     """A freshly initialised model of the recipe's type and sizes."""
     component = MODELS[recipe.model["type"]]
     model_class = component.load()
-    options = {key: value for key, value in recipe.model.items() if key != "type"}
+    options = {key: value for key, value in recipe.model.items() if key not in ("type", "features")}
     if "sequence_training" in component.gives:
         options.setdefault("max_position_embeddings", recipe.training.get("max_history", 50))
     takes_features = "item_features" in component.gives

@@ -153,7 +153,8 @@ def model_options(model_type: str) -> dict[str, Any]:
         "item_feature_dim",
         "catalogue_fingerprint",
     }
-    return dict.fromkeys(own - derived, kinds) | {"type": str}
+    features = {"features": list} if "item_features" in MODELS[model_type].gives else {}
+    return dict.fromkeys(own - derived, kinds) | {"type": str} | features
 
 
 def training_options() -> dict[str, Any]:
@@ -265,6 +266,8 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
         _choice("identifiers.features", name, content.get("features") or {})
     model = _component("model.type", content["model"].get("type"), MODELS)
     _check("model", content["model"], model_options(content["model"]["type"]))
+    for name in content["model"].get("features", []):
+        _choice("model.features", name, content.get("features") or {})
     _check("training", content.get("training") or {}, training_options())
     _check("generation", content.get("generation") or {}, GENERATION)
     if "item_vectors" in quantizer.needs and not identifiers.get("features"):

@@ -114,9 +114,10 @@ def identifier_vectors(names: list[str], blocks: dict[str, FeatureBlock]) -> np.
     return np.concatenate([block / np.sqrt(block.shape[1]) for block in chosen], axis=1).astype(np.float32)
 
 
-def model_vectors(blocks: dict[str, FeatureBlock]) -> np.ndarray | None:
-    """Input features of the model. (N, F)"""
-    return np.concatenate([block.inputs for block in blocks.values()], axis=1) if blocks else None
+def model_vectors(blocks: dict[str, FeatureBlock], names: list[str] | None = None) -> np.ndarray | None:
+    """Input features of the model: the named blocks (default all) side by side. (N, F), or None without any."""
+    chosen = [block.inputs for name, block in blocks.items() if names is None or name in names]
+    return np.concatenate(chosen, axis=1) if chosen else None
 
 
 @dataclass

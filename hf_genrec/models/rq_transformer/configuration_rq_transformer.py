@@ -23,6 +23,7 @@ class RQTransformerConfig(PreTrainedConfig):
         dense_similarity: "dot" with the vectors the timeline reads, or "cosine" with own item vectors (2411.18814).
         dense_loss_weight: weight of its cross-entropy; the code loss has weight 1.
         learn_repeat_weight: learn how much more or less likely an item is because the user had it already.
+        feature_dropout: on the projected features (2411.18814 drops half of them).
         norm_first: normalise before attention and feed-forward instead of after them.
         initializer_range: standard deviation of the linear layers at the start.
         embedding_std: of each part of an item's input vector at the start (the depth decoder's tables have their own).
@@ -52,6 +53,7 @@ class RQTransformerConfig(PreTrainedConfig):
     learn_repeat_weight: bool = True
     norm_first: bool = False
     dropout: float | int = 0.2
+    feature_dropout: float | int = 0.5
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.1
     embedding_std: float | int = 0.05

@@ -93,6 +93,7 @@ class RQTransformerModel(RQTransformerPreTrainedModel):
         has_items = config.num_items > 0
         self.item_embedding = nn.Embedding(config.num_items, width) if has_items and config.item_embedding else None
         self.feature_projection = nn.Linear(config.item_feature_dim, width) if config.item_feature_dim else None
+        self.feature_dropout = PooledDropout(config.feature_dropout)
         self.input_dropout = PooledDropout(config.dropout)
         self.layers = nn.ModuleList(
             TransformerBlock(config, config.intermediate_size) for _ in range(config.num_hidden_layers)
@@ -159,6 +160,10 @@ class RQTransformerModel(RQTransformerPreTrainedModel):
         leaf = trie.lookup(codes_BTL)
         return torch.where(leaf >= 0, trie.leaf_items[trie.leaf_offsets[leaf.clamp(min=0)].long()].long(), -1)
 
+    def projected_features(self) -> Tensor:
+        """The catalogue's fixed features in the width of the model, with their own dropout. (N, d)"""
+        return self.feature_dropout(self.feature_projection(self.item_features))
+
     def item_vectors(self, input_ids_BTL: Tensor, rows_BT: Tensor | None) -> Tensor:
         """One vector per item: sum of code embeddings, plus projected features, plus the free vector. (B, T, d)"""
         shape = input_ids_BTL.shape
@@ -169,8 +174,7 @@ class RQTransformerModel(RQTransformerPreTrainedModel):
         known = (rows_BT >= 0).unsqueeze(-1)
         safe = rows_BT.clamp(min=0)
         if self.feature_projection is not None:
-            projected = self.feature_projection(self.item_features)  # N rows are cheaper than B * T of them when small
-            vectors = vectors + torch.where(known, F.embedding(safe, projected), 0)
+            vectors = vectors + torch.where(known, F.embedding(safe, self.projected_features()), 0)
         if self.item_embedding is not None:
             vectors = vectors + torch.where(known, self.item_embedding(safe), 0)
         return vectors
@@ -364,9 +368,10 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
             list(self.config.level_offsets), device=self.model.item_codes.device
         )
         vectors = F.embedding_bag(ids, self.model.code_embedding.weight, mode="sum")
-        projection = self.dense.feature_projection or self.model.feature_projection
-        if projection is not None:
-            vectors = vectors + projection(self.model.item_features)
+        if self.dense.feature_projection is not None:
+            vectors = vectors + self.dense.feature_projection(self.model.item_features)
+        elif self.model.feature_projection is not None:
+            vectors = vectors + self.model.projected_features()
         if self.model.item_embedding is not None:
             vectors = vectors + self.model.item_embedding.weight
         return vectors
