@@ -15,11 +15,10 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_genrec.evaluation.evaluator import evaluate, training_counts
-from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.evaluation.report import comparison_table, markdown_table, plot_results, results_table
 from hf_genrec.evaluation.seeds import aggregate_seeds
 from hf_genrec.hub import load_artifact
+from hf_genrec.recipes.baselines import evaluate_sasrec
 from hf_genrec.recipes.pipeline import BASELINES, KS, evaluate_model, load_data_section, train_recipe
 from hf_genrec.recipes.resolver import resolve_recipe
 
@@ -54,7 +53,7 @@ def main() -> None:
             reports = [report, *variants.values()]
             other = folder / f"seed-{seed}-sasrec_ce"
             if other.is_dir():
-                reports.append(_sasrec(other, data, split))
+                reports.append(evaluate_sasrec(other, data, split, ks=KS))
         else:
             trained = train_recipe(
                 recipe, options.dataset, target, data_dir=options.data_dir, seed=seed, baselines=options.baselines
@@ -83,19 +82,6 @@ def main() -> None:
     (folder / "summary.md").write_text(f"{markdown_table(summaries)}\n\n```\n{text}\n```\n", encoding="utf-8")
     plot_results(summaries, folder / "results.png", required=False)
     print(json.dumps(result) if options.json else f"{results_table(summaries)}\n\n{text}")
-
-
-def _sasrec(folder: Path, data, split):
-    artifact = load_artifact(folder)
-    return evaluate(
-        ModelRecommender(artifact.model, artifact.tokenizer),
-        split.test,
-        num_items=data.num_items,
-        ks=KS,
-        train_counts=training_counts(split.train, data.num_items),
-        repeats=data.repeats,
-        name="sasrec_ce",
-    )
 
 
 if __name__ == "__main__":

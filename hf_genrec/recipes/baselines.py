@@ -74,17 +74,24 @@ class SASRecRun:
             if self.process.wait() != 0:
                 tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
                 raise TrainingError(f"the SASRec baseline failed, see {self.log}: {' / '.join(tail)}")
-        artifact = load_artifact(self.folder)
-        return evaluate(
-            ModelRecommender(artifact.model, artifact.tokenizer),
-            split.test,
-            num_items=data.num_items,
-            ks=ks,
-            train_counts=training_counts(split.train, data.num_items),
-            repeats=data.repeats,
-            name="sasrec_ce",
-            progress=progress,
-        )
+        return evaluate_sasrec(self.folder, data, split, ks=ks, progress=progress)
+
+
+def evaluate_sasrec(
+    folder: Path, data: RecommendationData, split: Split, *, ks: Sequence[int], progress: bool = True
+) -> EvaluationReport:
+    """Report of a SASRec artefact on the test rows of `split`."""
+    artifact = load_artifact(folder)
+    return evaluate(
+        ModelRecommender(artifact.model, artifact.tokenizer),
+        split.test,
+        num_items=data.num_items,
+        ks=ks,
+        train_counts=training_counts(split.train, data.num_items),
+        repeats=data.repeats,
+        name="sasrec_ce",
+        progress=progress,
+    )
 
 
 def _up_to_date(folder: Path, recipe: Recipe, seed: int, fingerprint: str) -> bool:

@@ -60,9 +60,10 @@ def test_loss_is_minus_the_log_probability_of_score_all() -> None:
     assert loss == pytest.approx(total / len(row), abs=1e-5)
 
 
-def test_dense_loss_is_minus_the_log_probability_of_score_dense() -> None:
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_dense_loss_is_minus_the_log_probability_of_score_dense(similarity: str) -> None:
     tokenizer = _tokenizer()
-    model = _model(tokenizer)
+    model = _model(tokenizer, dense_similarity=similarity, norm_first=similarity == "cosine")
     row = [3, 7, 1, 3, 12]
     batch = _batch(tokenizer, [row])
     expected = [
@@ -230,8 +231,22 @@ def test_wrong_shapes_are_typed_errors() -> None:
         model.set_catalogue(tokenizer.codes, np.zeros((ITEMS, 9)))
     with pytest.raises(IncompatibleComponentsError, match="multiple"):
         RQTransformerConfig.from_tokenizer(tokenizer, hidden_size=10, num_attention_heads=4)
+    with pytest.raises(IncompatibleComponentsError, match="cosine"):
+        RQTransformerConfig.from_tokenizer(tokenizer, dense_similarity="angle")
     with pytest.raises(IncompatibleComponentsError):
         model.recommend([["i0"]], tokenizer=_tokenizer(seed=3))
+
+
+def test_an_item_never_trained_on_is_scored_by_its_codes_and_features() -> None:
+    """Cold items: with a free item vector of 0, equal codes and features give equal scores up to the item's own bias."""
+    tokenizer = ItemTokenizer.from_codes(["a", "b", "cold"], [[0, 0], [1, 1], [0, 0]])
+    model = _model(tokenizer, features=3)
+    model.model.item_features[2] = model.model.item_features[0]
+    model.model.item_embedding.weight.data.zero_()
+    model.dense.item_bias.data.zero_()
+    batch = tokenizer.encode_histories([["b"]], return_tensors="pt")
+    dense = model.score_dense(model.start_decoding(batch["input_ids"], batch["attention_mask"]))[0]
+    assert dense[0].item() == pytest.approx(dense[2].item(), abs=1e-6) and dense[0].item() != dense[1].item()
 
 
 def test_timeline_length_is_the_number_of_items() -> None:
