@@ -39,7 +39,7 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
     Args:
         trie_or_tokenizer: an ItemTokenizer (or an extended text tokenizer), or an ItemTrie with `level_offsets`.
         prompt_length: tokens before the answer in every row: `input_ids.shape[1]` for a decoder-only model (padding
-            included), 1 for an encoder-decoder (its start token).
+            included), 1 for an encoder-decoder (its start token), the default.
         level_offsets: (L,) token id of code 0 of each level; taken from the tokenizer.
         eos_token_id: token that ends an answer; the tokenizer's end token, else its padding token. It is the only legal
             token after the last item, so it costs nothing (score 0): sums stay log-probabilities of items. After a
@@ -68,7 +68,7 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         trie_or_tokenizer: Any,
-        prompt_length: int,
+        prompt_length: int = 1,
         *,
         level_offsets: Sequence[int] | None = None,
         eos_token_id: int | None = None,

@@ -117,20 +117,24 @@ def test_overrides_are_read_as_yaml() -> None:
         parse_overrides(["--a"])
 
 
+_SMALL_TIGER = {
+    "codebook_sizes": [8, 8], "features.text": None, "features.cooccurrence.dim": 16, "identifiers.features": ["cooccurrence"],
+    "model.d_model": 32, "model.d_ff": 64, "model.d_kv": 16, "model.num_layers": 1, "model.num_decoder_layers": 1,
+    "model.num_heads": 2, "model.dropout_rate": 0.0, "training.max_steps": 1500, "per_device_train_batch_size": 64,
+    "learning_rate": 3e-3, "warmup_steps": 50, "lr_scheduler_type": "cosine", "num_user_tokens": 0,
+}  # fmt: skip
+_OTHERS = {
+    "sasrec": {"num_train_epochs": 20},
+    "tiger": _SMALL_TIGER | {"identifiers.max_steps": 300, "latent_size": 8, "hidden_sizes": [16]},
+    "tiger_rkmeans": _SMALL_TIGER,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sasrec", "tiger_rkmeans"])
-def test_other_recipes_run_the_same_way(tmp_path, name) -> None:
+@pytest.mark.parametrize("name", sorted(_OTHERS))
+def test_other_recipes_reach_hit_at_1_too(tmp_path, name) -> None:
     log = _write_log(tmp_path)
-    options = {"num_train_epochs": 20, "max_history": 12, "logging_steps": 1000, "eval_epochs": 10}
-    if name == "tiger_rkmeans":
-        options |= {
-            "codebook_sizes": [8, 8], "features.text": None, "features.cooccurrence.dim": 16, "model.d_model": 32,
-            "identifiers.features": ["cooccurrence"], "model.d_ff": 64, "model.num_layers": 1, "model.d_kv": 16,
-            "model.num_decoder_layers": 1, "model.num_heads": 2, "model.dropout_rate": 0.0, "max_steps": 1500,
-            "per_device_train_batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50, "lr_scheduler_type": "cosine",
-            "num_user_tokens": 0,
-        }  # fmt: skip
-    trained = train_recipe(
-        resolve_recipe(name, options), log, tmp_path / "model", baselines=["popularity"], progress=False
-    )
+    options = {"max_history": 12, "logging_steps": 1000, "eval_epochs": 10} | _OTHERS[name]
+    recipe = resolve_recipe(name, options)
+    trained = train_recipe(recipe, log, tmp_path / "model", baselines=["popularity"], progress=False)
     assert trained.metrics["test"]["recall@1"] == 1.0

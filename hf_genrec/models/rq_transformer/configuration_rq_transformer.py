@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from hf_genrec.errors import IncompatibleComponentsError
+from hf_genrec.models.catalogue import catalogue_values
 
 
 class RQTransformerConfig(PreTrainedConfig):
@@ -89,14 +90,5 @@ class RQTransformerConfig(PreTrainedConfig):
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **kwargs: Any) -> "RQTransformerConfig":
         """Sizes and special ids from the catalogue of an [`ItemTokenizer`]; `kwargs` override."""
-        values = {
-            "vocab_size": len(tokenizer),
-            "codebook_sizes": [int(size) for size in tokenizer.codebook_sizes],
-            "level_offsets": [int(offset) for offset in tokenizer.level_offsets],
-            "num_items": int(tokenizer.num_items),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "catalogue_fingerprint": tokenizer.catalogue_fingerprint,
-        }
+        values = catalogue_values(tokenizer) | {"num_items": int(tokenizer.num_items)}
         return cls(**(values | kwargs))

@@ -64,6 +64,8 @@ class RQTransformerPreTrainedModel(PreTrainedModel):
             init.normal_(module.code_embedding.weight, std=size)
             init.normal_(module.position_embedding.weight, std=size)
             init.normal_(module.start, std=size)
+            init.zeros_(module.item_codes)
+            init.zeros_(module.item_features)
             if module.item_embedding is not None:
                 init.normal_(module.item_embedding.weight, std=size)
             if module.feature_projection is not None:

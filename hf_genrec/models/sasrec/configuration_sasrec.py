@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hf_genrec.errors import IncompatibleComponentsError
+from hf_genrec.models.catalogue import catalogue_values
 
 
 @strict
@@ -105,13 +106,5 @@ class SASRecConfig(PreTrainedConfig):
             tokenizer: an `ItemTokenizer` with `num_levels == 1`.
             **kwargs: any other field of the configuration; they win over the tokenizer's values.
         """
-        values = {
-            "vocab_size": len(tokenizer),
-            "codebook_sizes": [int(size) for size in tokenizer.codebook_sizes],
-            "level_offsets": [int(offset) for offset in tokenizer.level_offsets],
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "catalogue_fingerprint": tokenizer.catalogue_fingerprint,
-        }
-        return cls(**{**values, **kwargs})
+        values = catalogue_values(tokenizer)
+        return cls(**(values | kwargs))

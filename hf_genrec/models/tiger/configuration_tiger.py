@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import T5Config
 
 from hf_genrec.errors import IncompatibleComponentsError
+from hf_genrec.models.catalogue import catalogue_values
 
 NUM_SPECIAL_TOKENS = 4  # <pad> </s> <unk> <s>, as ItemTokenizer lays them out
 
@@ -98,13 +99,5 @@ class TigerConfig(T5Config):
             tokenizer: an `ItemTokenizer`, or a text tokenizer extended by one.
             **kwargs: any other field of the configuration; they win over the tokenizer's values.
         """
-        values = {
-            "vocab_size": len(tokenizer),
-            "codebook_sizes": [int(size) for size in tokenizer.codebook_sizes],
-            "level_offsets": [int(offset) for offset in tokenizer.level_offsets],
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "decoder_start_token_id": tokenizer.pad_token_id,
-            "catalogue_fingerprint": tokenizer.catalogue_fingerprint,
-        }
-        return cls(**{**values, **kwargs})
+        values = catalogue_values(tokenizer) | {"decoder_start_token_id": tokenizer.pad_token_id}
+        return cls(**(values | kwargs))
