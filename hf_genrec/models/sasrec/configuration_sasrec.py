@@ -52,12 +52,12 @@ class SASRecConfig(PreTrainedConfig):
     intermediate_size: int = 256
     max_position_embeddings: int = 50
     position_embedding: bool = True
-    norm_first: bool = True
+    norm_first: bool = False  # on MovieLens-100K +.014 validation NDCG@10 over pre-LN at 12 passes (one seed)
     hidden_act: str = "gelu"
     dropout: float | int = 0.3
     attention_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float = 0.05
     embedding_std: float | None = None
     learn_repeat_weight: bool = False
     use_cache: bool = True

@@ -3,8 +3,8 @@
 Every position of a history is trained to predict the next item among *all* items (no sampled negatives). An item is one
 token (L = 1), so beam search, exact scoring and a top-k over one softmax are the same thing.
 
-*Relations*: `learn_repeat_weight` at weight 0 (its start) is plain SASRec; `norm_first=False, hidden_act="relu",
-intermediate_size=hidden_size` is the block of the paper.
+*Relations*: `learn_repeat_weight` at weight 0 (its start) is plain SASRec; `norm_first=True,
+hidden_act="relu", intermediate_size=hidden_size` is the block of the paper (post-LN trained better here).
 
 Shapes: B users, T positions, Q query positions, P positions with a target, N items, V vocabulary, M hidden size,
 H heads, D width of a head, K beams.
