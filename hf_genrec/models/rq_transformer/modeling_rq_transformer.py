@@ -42,7 +42,7 @@ REPEAT_GAIN = 10.0
 class RQTransformerPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by the two classes below."""
 
-    config: RQTransformerConfig
+    config_class = RQTransformerConfig  # not an annotation: postponed annotations would reach transformers as strings
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
