@@ -28,7 +28,7 @@ class AutoModelForRecommendation(_BaseAutoModelClass):
         'SASRecForCausalLM'
     """
 
-    _model_mapping = MODEL_FOR_RECOMMENDATION_MAPPING
+    _model_mapping = MODEL_FOR_RECOMMENDATION_MAPPING  # type: ignore[assignment]
 
 
 def register_auto_classes() -> None:

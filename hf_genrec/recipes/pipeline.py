@@ -240,9 +240,8 @@ def train_recipe(
             **generation, dense_weight=0.5 if at_validation else dense_weight
         )
         checkpoints = folder.with_name(f"{folder.name}-checkpoints")
-        args = RecommenderTrainingArguments(
-            **{"output_dir": str(checkpoints), "seed": seed, "disable_tqdm": not progress} | recipe.training
-        )
+        settings: dict[str, Any] = {"output_dir": str(checkpoints), "seed": seed, "disable_tqdm": not progress}
+        args = RecommenderTrainingArguments(**settings | recipe.training)
         if not resume and checkpoints.is_dir():
             shutil.rmtree(checkpoints)
         with stages("training"):

@@ -179,8 +179,8 @@ def _component(where: str, value: Any, table: dict[str, Component]) -> Component
 def _flatten_overrides(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Turn {"training.learning_rate": 1} and unique short forms {"learning_rate": 1} into nested sections."""
     model_type = (recipe.get("model") or {}).get("type")
-    quantizer = QUANTIZERS.get((recipe.get("identifiers") or {}).get("quantizer"), QUANTIZERS["atomic"])
-    sections = {
+    quantizer = QUANTIZERS.get(str((recipe.get("identifiers") or {}).get("quantizer")), QUANTIZERS["atomic"])
+    sections: dict[str, dict[str, Any]] = {
         "data": DATA,
         "identifiers": IDENTIFIERS | quantizer.options,
         "model": model_options(model_type) if model_type in MODELS else {},

@@ -83,9 +83,10 @@ def cooccurrence_block(
     progress: bool = True,
 ) -> FeatureBlock:
     """Truncated SVD of the training co-occurrence: undirected for identifiers, predecessor and successor for the model."""
-    options = {"window": window, "damping": damping}
+    options: dict[str, Any] = {"window": window, "damping": damping}
     symmetric = cooccurrence_svd(split.train, data.num_items, dim, directed=False, **options)
     source, target = cooccurrence_svd(split.train, data.num_items, dim, directed=True, **options)
+    assert isinstance(symmetric, np.ndarray)  # a pair only when directed
     return FeatureBlock(
         _unit_scale(symmetric), np.concatenate([_unit_scale(source), _unit_scale(target)], axis=1).astype(np.float32)
     )

@@ -86,6 +86,10 @@ class RQTransformerPreTrainedModel(PreTrainedModel):
 class RQTransformerModel(RQTransformerPreTrainedModel):
     """The timeline: item vectors in, one state per position out (the state at t has read the start and items < t)."""
 
+    code_embedding: nn.Module
+    item_codes: Tensor
+    item_features: Tensor
+
     def __init__(self, config: RQTransformerConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
@@ -366,6 +370,7 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
 
     def _item_vectors(self) -> Tensor:
         """Vectors of the catalogue for the dense head, from the same code table as the input. (N, d)"""
+        assert self.dense is not None
         ids = self.model.item_codes.long() + torch.as_tensor(
             list(self.config.level_offsets), device=self.model.item_codes.device
         )
@@ -381,6 +386,7 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
     def _dense_nll(
         self, states_Pd: Tensor, rows_BT: Tensor, batch_P: Tensor, position_P: Tensor, earlier_PT: Tensor | None
     ) -> Tensor:
+        assert self.dense is not None
         logits = self.dense(states_Pd, self._item_vectors())
         if earlier_PT is not None:
             rows_PT = rows_BT[batch_P].clamp(min=0)
@@ -411,7 +417,7 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
             logits[:, position - first, start : start + size] = scores.to(dtype)
         return logits
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """`generate` passes the whole sequence each step: the reference path, `recommend` is the fast one."""
@@ -484,5 +490,7 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
         weight = float(config.dense_weight)
         if weight == 0.0 or self.dense is None:
             return scores_BK
-        dense = self.score_dense(state).gather(1, items_BK.clamp(min=0)).to(scores_BK.dtype)
+        scores_BN = self.score_dense(state)
+        assert scores_BN is not None
+        dense = scores_BN.gather(1, items_BK.clamp(min=0)).to(scores_BK.dtype)
         return (1.0 - weight) * scores_BK + weight * dense
