@@ -28,6 +28,12 @@ DATA = {
     "min_item": int,
     "min_rating": float,
     "shuffle_ties": int,
+    "user_column": str,
+    "item_column": str,
+    "timestamp_column": str,
+    "rating_column": str,
+    "time_unit": str,
+    "encoding": str,
     "validation_fraction": float,
     "test_fraction": float,
 }
