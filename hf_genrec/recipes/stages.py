@@ -152,6 +152,8 @@ def residual_kmeans_codes(
     """Residual k-means on the item vectors."""
     from hf_genrec.identifiers.quantizers.residual_kmeans import ResidualKMeans
 
+    if pca_dim is not None:
+        pca_dim = min(pca_dim, vectors.shape[1])  # a recipe's default for wide features also fits narrow ones
     quantizer = ResidualKMeans(
         codebook_sizes,
         seed=seed,
