@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,11 +115,12 @@ def load_artifact(
         try:
             artifact = _load_folder(path, deep, model_options)
         except (GenRecError, OSError):
-            if attempt + 1 == _ATTEMPTS or _identity(path) == before:
+            if _identity(path) == before:
                 raise
-            continue
-        if _identity(path) == before:
-            return artifact
+        else:
+            if _identity(path) == before:
+                return artifact
+        time.sleep(0.05 * attempt)
     raise ArtifactError(f"{path} kept changing while it was read: wait until nobody saves to it.")
 
 
