@@ -55,8 +55,9 @@ def save(generation: int, folder: Path) -> None:
 
 def identity(folder: Path) -> str:
     """Digest of everything an artefact says; a mixture of two artefacts has another one."""
+    said = loaded(folder)  # first: loading finishes an interrupted swap
     pictures = " ".join(sorted(p.name for p in folder.rglob("*.png")))
-    return loaded(folder) + hashlib.sha256((folder / "README.md").read_bytes() + pictures.encode()).hexdigest()
+    return said + hashlib.sha256((folder / "README.md").read_bytes() + pictures.encode()).hexdigest()
 
 
 def loaded(folder: Path) -> str:
