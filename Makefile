@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python examples/demo.py --output_dir runs/demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 	$(BIN)/python -m pytest -m "slow and not long"
 
 check: install

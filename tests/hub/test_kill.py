@@ -16,10 +16,20 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 def kill(folder: Path, events: int, moments: int, *options: str, timeout: int) -> dict:
     driver = Path(__file__).with_name("hub_kill_driver.py")
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, driver, folder, str(events), str(moments), *options],
-        env=env, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    for attempt in range(3):
+        home = folder / f"try-{attempt}"
+        home.mkdir()
+        try:
+            done = subprocess.run(
+                [sys.executable, driver, home, str(events), str(moments), *options],
+                env=env, capture_output=True, text=True, timeout=timeout, check=False,
+            )  # fmt: skip
+            break
+        except subprocess.TimeoutExpired:
+            # the driver forks a process that has run torch; such a child can hang in a lock it never owned
+            continue
+    else:
+        pytest.fail(f"the driver hung three times for {timeout} s")
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
@@ -37,12 +47,13 @@ def check(report: dict) -> None:
 
 
 def test_a_sample_of_kills(tmp_path):
-    check(kill(tmp_path, 14, 6, timeout=240))
+    check(kill(tmp_path, 14, 6, timeout=200))
 
 
+@pytest.mark.long  # pytest -m long; the driver alone: python tests/hub/hub_kill_driver.py FOLDER 0 25 [journal]
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("journal",)], ids=["exchange", "journal"])
 def test_every_operation_and_25_moments(tmp_path, options):
-    report = kill(tmp_path, 0, 25, *options, timeout=1200)
+    report = kill(tmp_path, 0, 25, *options, timeout=300)
     check(report)
     assert report["over"]["killed"] == report["over"]["operations"]
