@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class RecommendationConfig:
         max_history: newest items of a history that the model reads; None = as many as the tokenizer keeps.
         dense_weight: weight of a model's dense head in the final score; 0 = generation alone. Models without a dense
             head ignore it.
-        renormalize: renormalise log-probabilities over the legal codes at each level (see `trie_beam_search`).
+        renormalize: renormalise log-probabilities over the legal codes at each level (see `decoding.kernel`).
+        decoding: name of the search, of `search.DECODING_STRATEGIES`: "beam" unless the model needs another.
+        decoding_options: options of that search (its table line lists them), e.g. `{"seed": 1}` for "sample".
         batch_size: users scored together by `recommend` (>= 1); changes speed and memory, not results.
 
     Raises:
@@ -48,6 +50,8 @@ class RecommendationConfig:
     dense_weight: float = 0.0
     renormalize: bool = False
     batch_size: int = 64
+    decoding: str = "beam"
+    decoding_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -63,6 +67,12 @@ class RecommendationConfig:
         weight = self.dense_weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
             raise RequestError(f"dense_weight must be a finite number >= 0, got {weight!r}.")
+        if not isinstance(self.decoding, str) or not self.decoding:
+            raise RequestError(f"decoding must be the name of a search, got {self.decoding!r}.")
+        if not isinstance(self.decoding_options, dict) or not all(
+            isinstance(key, str) for key in self.decoding_options
+        ):
+            raise RequestError(f"decoding_options must map names to values, got {self.decoding_options!r}.")
 
     @property
     def search_width(self) -> int:
@@ -70,7 +80,11 @@ class RecommendationConfig:
         return max(self.num_beams, self.k)
 
     def merged(self, **overrides: Any) -> RecommendationConfig:
-        """A copy with the given fields replaced; None leaves a field as it is."""
+        """A copy with the given fields replaced; None leaves a field as it is. Another `decoding` drops the options
+        of the one before it.
+        """
+        if overrides.get("decoding") not in (None, self.decoding) and overrides.get("decoding_options") is None:
+            overrides["decoding_options"] = {}
         return self.from_dict({**self.to_dict(), **{k: v for k, v in overrides.items() if v is not None}})
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a scored trie to ranked items: the path that every model and every kind of request goes through.
 
 A *decoder* here is anything with `start_decoding`, `score_codes` and `device`: a model with RecommendationMixin, or an
-adapter of generation/decoding/ around a stock Hugging Face model.
+adapter of generation/decoding/ around a stock Hugging Face model. `config.decoding` names the search (strategies.py).
 
 Shape legend: B users, T tokens, K beams or candidates, k items returned.
 """
@@ -17,7 +17,6 @@ import torch
 
 from ..errors import RequestError
 from .configuration_recommendation import RecommendationConfig
-from .decoding.beam import leaves_to_items, trie_beam_search
 from .item_filter import ItemFilter
 from .requests import (
     check_histories,
@@ -26,6 +25,7 @@ from .requests import (
     seen_from_histories,
     seen_from_token_ids,
 )
+from .strategies import resolve_strategy
 from .trie import ItemTrie
 
 
@@ -62,16 +62,18 @@ def search_items(
     item_filter: ItemFilter | None = None,
     *,
     batch_size: int,
+    first_row: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search, name the items, rescore, cut to k: items_Bk (-1 padded) and scores_Bk."""
+    """Search, name the items, rescore, cut to k: items_Bk (-1 padded) and scores_Bk.
+
+    Args:
+        first_row: number of the batch's first user within the whole request (random searches seed by it).
+    """
     if batch_size == 0:
         empty = torch.full((0, config.k), -1, dtype=torch.long, device=trie.device)
         return empty, empty.float()
-    width = config.search_width
-    leaves, scores = trie_beam_search(
-        decoder, state, trie, width, item_filter, batch_size=batch_size, renormalize=config.renormalize
-    )
-    items, scores = leaves_to_items(trie, leaves, scores, width, item_filter)
+    search = resolve_strategy(decoder, config)
+    items, scores = search(decoder, state, trie, config, item_filter, batch_size=batch_size, first_row=first_row)
     rescore = getattr(decoder, "rescore_items", None)
     if rescore is not None:
         new_scores = rescore(state, items, scores, config)
@@ -127,7 +129,9 @@ def recommend_histories(
                 trie, None if seen is None else seen[part], None if allowed is None else allowed[part]
             )
             state = decoder.start_decoding(input_ids, attention_mask)
-            items, scores = search_items(decoder, state, trie, config, item_filter, batch_size=input_ids.shape[0])
+            items, scores = search_items(
+                decoder, state, trie, config, item_filter, batch_size=input_ids.shape[0], first_row=part.start
+            )
             results.extend(name_items(items, scores, tokenizer.item_ids))
     return results
 
@@ -171,6 +175,8 @@ def recommend_prompts(
             trie, None if seen is None else seen[part], None if allowed is None else allowed[part]
         )
         state = decoder.start_decoding(prompts_BT[part], mask_BT[part])
-        items, scores = search_items(decoder, state, trie, config, item_filter, batch_size=len(prompts_BT[part]))
+        items, scores = search_items(
+            decoder, state, trie, config, item_filter, batch_size=len(prompts_BT[part]), first_row=start
+        )
         results.extend(name_items(items, scores, tokenizer.item_ids))
     return results

@@ -306,6 +306,24 @@ class ItemTrie:
             self._item_leaves = leaf_of_slot[self.item_slots]
         return self._item_leaves
 
+    @property
+    def has_ends(self) -> bool:
+        """Does some item end before the last level (variable length codes)?"""
+        return False
+
+    def items_at(self, slots: torch.Tensor) -> torch.Tensor:
+        """Item index (int64) of each slot, any shape."""
+        return self.leaf_items[slots].long()
+
+    def leaf_slots(self, leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and past-the-last slot of leaves; an empty range for leaf -1."""
+        return self.slot_range(self.num_levels, leaves)
+
+    def first_items(self, leaves: torch.Tensor) -> torch.Tensor:
+        """Lowest item index of each leaf, -1 for leaf -1; any shape, int64."""
+        items = self.items_at(self.leaf_offsets[leaves.clamp(min=0)].long())
+        return items.masked_fill_(leaves < 0, -1)
+
     def items_of_leaf(self, leaf: int) -> torch.Tensor:
         """Item indices of one leaf, ascending."""
         return self.leaf_items[int(self.leaf_offsets[leaf]) : int(self.leaf_offsets[leaf + 1])].long()

@@ -80,7 +80,11 @@ def test_masks_equal_a_smaller_catalogue(renormalize, table_model, brute_force, 
     exact = brute_force(model, state, codes, renormalize, allowed)
     rows = [np.flatnonzero(row) for row in allowed.numpy()]
     out = [np.flatnonzero(~row) for row in allowed.numpy()]
-    for masks in (ItemFilter.from_rows(trie, None, rows), ItemFilter.from_rows(trie, out), trie.prune(allowed)):
+    for masks in (
+        ItemFilter.from_rows(trie, None, rows),
+        ItemFilter.from_rows(trie, out),
+        ItemFilter.from_mask(trie, allowed),
+    ):
         leaves, scores = trie_beam_search(model, state, trie, 80, masks, batch_size=5, renormalize=renormalize)
         for user in range(5):
             live = leaves[user] >= 0

@@ -13,7 +13,8 @@ import torch
 
 from ...errors import IncompatibleComponentsError
 from ..trie import ItemTrie
-from .beam import CodeScorer, child_log_probs
+from .beam_cache import CodeScorer, CodeScores
+from .kernel import child_log_probs
 
 _CHUNK_ELEMENTS = 2**22  # B * S * C log-probabilities held at a time (16 MiB in float32)
 
@@ -51,7 +52,7 @@ def score_all_leaves(
                 )
             codes, _, legal = trie.expand(level, nodes[start : start + chunk])
             step = child_log_probs(
-                logp_BSC, codes.expand(batch_size, -1, -1), legal.expand(batch_size, -1, -1), renormalize
+                CodeScores(logp_BSC), codes.expand(batch_size, -1, -1), legal.expand(batch_size, -1, -1), renormalize
             )
             total = scores[:, start : start + chunk].unsqueeze(-1) + step
             parts.append(total[:, legal])  # children of consecutive nodes are consecutive nodes of the next level

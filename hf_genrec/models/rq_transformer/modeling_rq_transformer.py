@@ -164,7 +164,7 @@ class RQTransformerModel(RQTransformerPreTrainedModel):
         """Catalogue row of every item (the first one where several share a code), -1 for none. (B, T)"""
         trie = self.trie
         leaf = trie.lookup(codes_BTL)
-        return torch.where(leaf >= 0, trie.leaf_items[trie.leaf_offsets[leaf.clamp(min=0)].long()].long(), -1)
+        return trie.first_items(leaf)
 
     def projected_features(self) -> Tensor:
         """The catalogue's fixed features in the width of the model, with their own dropout. (N, d)"""
