@@ -232,16 +232,27 @@ class SequenceCollator:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        table = np.asarray(tokenizer.item_token_table)
-        self._levels, self._lowest, self._highest = table.shape[1], int(table.min()), int(table.max())
+        self._tokens_N = (np.asarray(tokenizer.item_token_table) >= 0).sum(axis=1)
+        self._after = int(bool(getattr(tokenizer, "history_eos", False)))
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = _encode(self.tokenizer, samples, None)
-        tokens_BS = batch["input_ids"]
-        is_item_BS = (tokens_BS >= self._lowest) & (tokens_BS <= self._highest) & (batch["attention_mask"] > 0)
-        after_first_BS = is_item_BS.cumsum(dim=1) > self._levels
-        batch["labels"] = torch.where(is_item_BS & after_first_BS, tokens_BS, IGNORED)
+        targets = [int(self._tokens_N[sample["items"][1:]].sum()) for sample in samples]
+        batch["labels"] = last_tokens(batch["input_ids"], batch["attention_mask"], targets, skip=self._after)
         return batch
+
+
+def last_tokens(
+    input_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor, counts: Sequence[int], *, skip: int = 0
+) -> torch.Tensor:
+    """Labels (B, S): the last `counts[b]` tokens of each row, leaving out the very last `skip`; -100 elsewhere.
+
+    Padding may be on either side.
+    """
+    from_end_BS = attention_mask_BS.flip(1).cumsum(1).flip(1)  # 1 = the last token of the row
+    counts_B1 = torch.as_tensor(counts).unsqueeze(1)
+    is_label_BS = attention_mask_BS.bool() & (from_end_BS > skip) & (from_end_BS <= counts_B1 + skip)
+    return torch.where(is_label_BS, input_ids_BS, IGNORED)
 
 
 class PrefixCollator:
@@ -254,7 +265,8 @@ class PrefixCollator:
 
     def __init__(self, tokenizer: Any, max_items: int | None = None) -> None:
         self.tokenizer, self.max_items = tokenizer, max_items
-        self._table_NL = torch.tensor(np.asarray(tokenizer.item_token_table, np.int64))
+        table_NL = np.asarray(tokenizer.item_token_table, np.int64)
+        self._table_NL = torch.tensor(np.where(table_NL < 0, IGNORED, table_NL))
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = _encode(self.tokenizer, samples, self.max_items)

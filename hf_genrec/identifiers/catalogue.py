@@ -123,7 +123,7 @@ class CatalogueMixin:
 
     @property
     def codes(self) -> np.ndarray:
-        """Codes of all items, int32 (N, L), read-only."""
+        """Codes of all items, int32 (N, L), read-only; -1 behind the end of a code of fewer levels."""
         return self._catalogue.codes
 
     @property
@@ -151,10 +151,10 @@ class CatalogueMixin:
 
     @property
     def item_token_table(self) -> np.ndarray:
-        """Token ids of all items, int64 (N, L) = codes + level_offsets, read-only."""
+        """Token ids of all items, int64 (N, L) = codes + level_offsets, read-only; -1 where a code has ended."""
         table_NL = self.__dict__.get("_item_token_table")
         if table_NL is None:
-            table_NL = self.codes + self.level_offsets
+            table_NL = np.where(self.codes < 0, -1, self.codes + self.level_offsets)
             table_NL.setflags(write=False)
             self.__dict__["_item_token_table"] = table_NL
         return table_NL
@@ -184,8 +184,9 @@ class CatalogueMixin:
         return self._catalogue.codes_to_items(codes)
 
     def item_token_ids(self, item_id: str) -> list[int]:
-        """The L token ids of one item. Raises UnknownItemError."""
-        return self.item_token_table[self._catalogue.index_of_one(item_id)].tolist()
+        """The token ids of one item, one per level of its code. Raises UnknownItemError."""
+        tokens_L = self.item_token_table[self._catalogue.index_of_one(item_id)]
+        return tokens_L[tokens_L >= 0].tolist()
 
     def token_ids_to_items(self, token_ids) -> list[list[str]]:
         """Items named by a flat sequence of token ids, oldest first: one list of ids per complete run of L item tokens.
@@ -200,6 +201,8 @@ class CatalogueMixin:
     def _item_runs(self, ids_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where complete items start in a flat id sequence (ascending), and their codes (runs, L)."""
         num_levels = self.num_levels
+        if self._catalogue.code_lengths is not None:
+            return self._uneven_runs(ids_n)
         if len(ids_n) < num_levels:
             return np.zeros(0, np.int64), np.zeros((0, num_levels), np.int64)
         offsets_L, sizes_L = self.level_offsets, np.asarray(self.codebook_sizes)
@@ -207,6 +210,21 @@ class CatalogueMixin:
         # levels have disjoint id ranges, so two complete runs never overlap
         starts_n = np.flatnonzero(((windows_nL >= 0) & (windows_nL < sizes_L)).all(axis=1))
         return starts_n, windows_nL[starts_n]
+
+    def _uneven_runs(self, ids_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`_item_runs` for codes of several lengths: a token of the first level starts an item, the levels must follow
+        each other, and the item ends before the first token that breaks the row.
+        """
+        level_n = np.searchsorted(self.level_offsets, ids_n, side="right") - 1
+        inside_n = (level_n >= 0) & (ids_n < self.level_offsets[-1] + self.codebook_sizes[-1])
+        starts_n = np.flatnonzero(inside_n & (level_n == 0))
+        codes_nL = np.full((len(starts_n), self.num_levels), -1, np.int64)
+        going_n = np.ones(len(starts_n), bool)
+        for level in range(self.num_levels):
+            place_n = np.minimum(starts_n + level, len(ids_n) - 1)
+            going_n &= (starts_n + level < len(ids_n)) & inside_n[place_n] & (level_n[place_n] == level)
+            codes_nL[going_n, level] = ids_n[place_n[going_n]] - self.level_offsets[level]
+        return starts_n, codes_nL
 
     # --- histories -----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Shape legend: N items, L levels (codes per item), n queries.
 
 File layout (safetensors, metadata `format = hf_genrec.item_codes/1`):
 
-- `codes` int32 (N, L): code of every item at every level
+- `codes` int32 (N, L): code of every item at every level, -1 behind the end of a shorter one
 - `codebook_sizes` int32 (L,): number of codes of every level
 - `item_id_bytes` uint8 (bytes,): UTF-8 of all item ids, one after the other
 - `item_id_offsets` int64 (N + 1,): where each id starts in `item_id_bytes`
@@ -39,7 +39,8 @@ class Catalogue:
 
     Args:
         item_ids: N distinct strings, any Unicode without lone surrogates.
-        codes: (N, L) integers, `0 <= codes[:, l] < codebook_sizes[l]`. Several items may share one row.
+        codes: (N, L) integers, `0 <= codes[:, l] < codebook_sizes[l]`. Several items may share one row. A code of fewer
+            than L levels is filled up with -1.
         codebook_sizes: L positive integers; default: the largest code of each level plus one.
 
     Raises:
@@ -64,6 +65,12 @@ class Catalogue:
     @property
     def num_levels(self) -> int:
         return self.codes.shape[1]
+
+    @cached_property
+    def code_lengths(self) -> np.ndarray | None:
+        """Levels of each item's code, int64 (N,); None where all items have L."""
+        lengths_N = (self.codes >= 0).sum(axis=1)
+        return None if (lengths_N == self.num_levels).all() else lengths_N
 
     def __getstate__(self) -> dict:
         return {"item_ids": self.item_ids, "codes": self.codes, "codebook_sizes": self.codebook_sizes}
@@ -102,19 +109,21 @@ class Catalogue:
 
     def _keys(self, codes_nL: np.ndarray) -> np.ndarray:
         """One sortable key per code tuple: a mixed-radix integer, or big-endian bytes where that overflows."""
+        shorter = self.code_lengths is not None  # then -1 is one more digit
         total = 1
         for size in self.codebook_sizes:
-            total *= size
+            total *= size + shorter
         if total < 2**62:
             key_n = np.zeros(len(codes_nL), np.int64)
             for level, size in enumerate(self.codebook_sizes):
-                key_n = key_n * size + codes_nL[:, level]
+                key_n = key_n * (size + shorter) + codes_nL[:, level] + shorter
             return key_n
         return np.ascontiguousarray(codes_nL, dtype=">i4").view(f"S{4 * self.num_levels}")[:, 0]
 
     def item_groups(self, codes_nL: np.ndarray) -> list[np.ndarray]:
         """Item indices (ascending) of every queried code tuple; an empty array where no item has it."""
-        inside_n = np.all((codes_nL >= 0) & (codes_nL < np.asarray(self.codebook_sizes)), axis=1)
+        lowest = 0 if self.code_lengths is None else -1
+        inside_n = np.all((codes_nL >= lowest) & (codes_nL < np.asarray(self.codebook_sizes)), axis=1)
         sorted_N, order_N = self._sorted_keys
         keys_n = self._keys(np.where(inside_n[:, None], codes_nL, 0))
         first_n = np.searchsorted(sorted_N, keys_n, side="left")
@@ -263,7 +272,7 @@ def _checked_codes(codes, codebook_sizes, ids: list[str]) -> tuple[np.ndarray, t
     if codes_NL.dtype.kind not in "iu":
         raise ItemTableError(f"codes are {codes_NL.dtype}, not integers: convert them with .astype(int)")
     if codebook_sizes is None:
-        sizes = [int(largest) + 1 for largest in codes_NL.max(axis=0)]
+        sizes = [max(int(largest), 0) + 1 for largest in codes_NL.max(axis=0)]
     else:
         given = codebook_sizes.tolist() if hasattr(codebook_sizes, "tolist") else codebook_sizes
         sizes = [given] if isinstance(given, int) else list(given)
@@ -275,11 +284,17 @@ def _checked_codes(codes, codebook_sizes, ids: list[str]) -> tuple[np.ndarray, t
             )
     if sum(sizes) > _MAX_CODES:
         raise ItemTableError(f"codebook_sizes sum to {sum(sizes)}, more than {_MAX_CODES}: use smaller codebooks")
-    outside_NL = (codes_NL < 0) | (codes_NL >= np.asarray(sizes, dtype=np.int64))
+    ended_NL = np.logical_and.accumulate(codes_NL[:, ::-1] == -1, axis=1)[:, ::-1]  # -1 up to the last level
+    ended_NL[:, 0] = False  # an item has at least one code
+    outside_NL = ((codes_NL < 0) | (codes_NL >= np.asarray(sizes, dtype=np.int64))) & ~ended_NL
     if outside_NL.any():
         row, level = (int(where[0]) for where in np.nonzero(outside_NL))
         code = int(codes_NL[row, level])
-        problem = "is negative: codes count from 0" if code < 0 else f"is outside 0..{sizes[level] - 1}: fix the code"
+        problem = (
+            "is negative: codes count from 0, and -1 may only fill up the end of a shorter code"
+            if code < 0
+            else f"is outside 0..{sizes[level] - 1}: fix the code"
+        )
         fix = "" if code < 0 else f" or raise codebook_sizes[{level}]"
         raise ItemTableError(f"codes row {row} (item {ids[row]!r}), level {level}: code {code} {problem}{fix}")
     return np.array(codes_NL, dtype=np.int32, order="C"), tuple(int(size) for size in sizes)

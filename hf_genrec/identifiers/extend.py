@@ -88,7 +88,7 @@ def extend_tokenizer(
         backend.add_special_tokens([AddedToken(str(pad), normalized=False, special=True)])
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in new_tokens])
     tokenizer = ItemTextTokenizer(
-        **_carried_options(base_tokenizer),
+        **carried_options(base_tokenizer),
         pad_token=pad,
         tokenizer_object=backend,
         catalogue=item_tokenizer._catalogue,
@@ -109,7 +109,7 @@ def extend_tokenizer(
     return tokenizer
 
 
-def _carried_options(base: PreTrainedTokenizerBase) -> dict:
+def carried_options(base: PreTrainedTokenizerBase) -> dict:
     """Keyword arguments that give a new tokenizer the settings of `base`, also those changed after it was made."""
     options = {name: value for name, value in base.init_kwargs.items() if name not in _NOT_CARRIED}
     for name in base.vocab_files_names:

@@ -34,7 +34,7 @@ def padded_tokens(
 
     Args:
         lengths_B: items of each row; they sum to n.
-        tokens_nL: token ids of all items, row after row.
+        tokens_nL: token ids of all items, row after row; -1 where an item has fewer.
         pad_id: padding token id.
         head_B: a token id put before each row, -1 for none (user tokens).
         eos_id: a token id put after each row, None for none.
@@ -47,7 +47,13 @@ def padded_tokens(
     array([[4, 6, 5, 7, 1],
            [0, 0, 0, 0, 1]])
     """
+    tokens_n = tokens_nL.reshape(-1)
     items_B = lengths_B * tokens_nL.shape[1]
+    if len(tokens_n) and tokens_n.min() < 0:  # items of several lengths
+        ends_B = np.cumsum(lengths_B)
+        tokens_before = np.append(0, np.cumsum((tokens_nL >= 0).sum(axis=1)))
+        items_B = tokens_before[ends_B] - tokens_before[ends_B - lengths_B]
+        tokens_n = tokens_n[tokens_n >= 0]
     if head_B is None:
         head_B = np.full_like(items_B, -1)
     has_head_B = (head_B >= 0).astype(np.int64)
@@ -59,7 +65,7 @@ def padded_tokens(
     first_B = start_B + has_head_B
     input_ids_BW = np.full((len(lengths_B), width), pad_id, dtype=np.int64)
     is_item_BW = (column_W >= first_B[:, None]) & (column_W < (first_B + items_B)[:, None])
-    input_ids_BW[is_item_BW] = tokens_nL.reshape(-1)  # both in row order
+    input_ids_BW[is_item_BW] = tokens_n  # both in row order
     rows = np.flatnonzero(has_head_B)
     if len(rows):
         input_ids_BW[rows, start_B[rows]] = head_B[rows]

@@ -71,7 +71,7 @@ def encode_segments(
         if kind == "template":
             ids += tokenizer.encode(content, add_special_tokens=False, split_special_tokens=False)
         else:
-            ids += _text_encoder(tokenizer).encode(content)
+            ids += text_encoder(tokenizer).encode(content)
     return ids
 
 
@@ -127,7 +127,7 @@ class _TextEncoder:
         return ids
 
 
-def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> _TextEncoder:
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> _TextEncoder:
     """The text encoder of a tokenizer, kept until its tokens change."""
     if isinstance(tokenizer, CatalogueMixin) and not isinstance(tokenizer, TokenizersBackend):
         raise IncompatibleComponentsError(

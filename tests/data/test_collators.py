@@ -27,6 +27,7 @@ class StandInTokenizer:
     def __init__(self, num_items=100, side="left", user=False, eos=False, max_history=None):
         self.item_token_table = 10 + np.arange(2 * num_items).reshape(num_items, 2)
         self.side, self.user, self.eos, self.max_history = side, user, eos, max_history
+        self.history_eos = eos
         self.asked_users = None
 
     def encode_item_indices(self, rows, max_items=None, user_ids=None, return_tensors=None):

@@ -337,7 +337,10 @@ def test_bad_options():
         (["a"], [[0.5]], None, "float64, not integers"),
         (["a"], [["0"]], None, "not integers"),
         (["a"], [[True]], None, "bool, not integers"),
-        (["a", "b"], [[0, 0], [0, -1]], None, "row 1 .item 'b'., level 1: code -1 is negative"),
+        (["a", "b"], [[0, 0], [-1, 0]], None, "row 1 .item 'b'., level 0: code -1 is negative"),
+        (["a", "b"], [[0, 0, 1], [0, -1, 2]], None, "row 1 .item 'b'., level 1: code -1 is negative.*end of a shorter"),
+        (["a", "b"], [[0, 0], [-1, -1]], None, "row 1 .item 'b'., level 0: code -1 is negative"),
+        (["a", "b"], [[0, 0], [0, -2]], None, "row 1 .item 'b'., level 1: code -2 is negative"),
         (
             ["a", "b"],
             [[0, 0], [4, 1]],
@@ -525,3 +528,39 @@ def test_a_million_single_token_items(tmp_path):
     assert loaded.decode_histories(loaded.encode_histories([["B0000000", "B0999999"]])["input_ids"]) == [
         ["B0000000", "B0999999"]
     ]
+
+
+def test_codes_of_several_lengths(tmp_path):
+    """-1 fills up shorter codes: no token for it anywhere, one item may be the beginning of another."""
+    ids = ["a", "b", "c", "d"]
+    codes = [[1, 0, 2], [1, -1, -1], [1, 0, -1], [0, 3, -1]]
+    tokenizer = ItemTokenizer.from_codes(ids, codes, [2, 4, 3])
+    assert tokenizer.codes.tolist() == codes and tokenizer.item_token_ids("c") == [5, 6]
+    encoded = tokenizer.encode_histories([["a", "b", "c"], ["d"], []])
+    assert encoded["input_ids"] == [[5, 6, 12, 5, 5, 6], [0, 0, 0, 0, 4, 9], [0] * 6]
+    assert encoded["attention_mask"] == [[1] * 6, [0, 0, 0, 0, 1, 1], [0] * 6]
+    assert tokenizer.decode_histories(encoded["input_ids"]) == [["a", "b", "c"], ["d"], []]
+    assert tokenizer.token_ids_to_items([5, 6, 12, 6, 4, 9, 4]) == [["a"], ["d"], []]
+    assert tokenizer.codes_to_items([[1, 0, -1], [1, 0, 1], [1, -1, -1]]) == [["c"], [], ["b"]]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.codes.tolist() == codes and loaded.catalogue_fingerprint == tokenizer.catalogue_fingerprint
+    with_end = ItemTokenizer.from_codes(ids, codes, [2, 4, 3], history_eos=True, num_user_tokens=2)
+    rows = with_end.encode_histories([["b", "a"], ["c"]], user_ids=["u", "v"])["input_ids"]
+    assert [row[-1] for row in rows] == [1, 1] and with_end.decode_histories(rows) == [["b", "a"], ["c"]]
+    with_end.padding_side = "right"
+    rows = with_end.encode_item_indices([np.array([1, 0]), np.array([2])])["input_ids"]
+    assert rows.tolist() == [[7, 7, 8, 14, 1], [7, 8, 1, 0, 0]]
+
+
+def test_many_codes_of_several_lengths_match_by_hand():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 5000, (300, 6))
+    for row, length in enumerate(rng.integers(1, 7, 300)):
+        codes[row, length:] = -1
+    ids = [f"i{row}" for row in range(300)]
+    tokenizer = ItemTokenizer.from_codes(ids, codes, [5000] * 6)  # the packed key would not fit 64 bits
+    by_code: dict[tuple, list[str]] = {}
+    for item, row in zip(ids, codes.tolist()):
+        by_code.setdefault(tuple(row), []).append(item)
+    assert tokenizer.codes_to_items(codes) == [by_code[tuple(row)] for row in codes.tolist()]

@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import TrainingError
 
 DEFAULT_CHUNK = 4096
+FEW_POINTS = ("error", "duplicate")  # what a quantizer does with fewer items than codes of a level
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,24 @@ def balancing_prices(
         last_C = sign_C
         codes_N = nearest(x_ND, centroids_CD, price_C, chunk_size)
     return best_C if keep_best else price_C
+
+
+def check_features(x_ND: Tensor | np.ndarray) -> Tensor:
+    """Features as a float matrix (N, D).
+
+    Raises:
+        TrainingError: not a non-empty matrix, or NaN or infinite values (names the first row).
+    """
+    x_ND = torch.as_tensor(x_ND).detach().float()
+    if x_ND.dim() != 2 or x_ND.shape[0] == 0 or x_ND.shape[1] == 0:
+        raise TrainingError(f"features must be a non-empty (items, dimensions) matrix, got shape {tuple(x_ND.shape)}")
+    bad_N = ~torch.isfinite(x_ND).all(1)
+    if bool(bad_N.any()):
+        raise TrainingError(
+            f"features of {int(bad_N.sum())} items hold NaN or infinity, first in row {int(bad_N.nonzero()[0])}; "
+            "fill or drop these items"
+        )
+    return x_ND
 
 
 def kmeans(

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from ...errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from ..features import PrincipalComponents
-from .kmeans import DEFAULT_CHUNK, kmeans, nearest
+from .kmeans import DEFAULT_CHUNK, FEW_POINTS, check_features, kmeans, nearest
 
 logger = logging.getLogger(__name__)
 
-FEW_POINTS = ("error", "duplicate")
 _FORMAT = "hf_genrec.residual_kmeans.1"
 
 
@@ -97,7 +96,7 @@ class ResidualKMeans:
             TrainingError: not a matrix, NaN or infinite values (names the row), or fewer items than codes while
                 `few_points="error"`.
         """
-        x_ND = _check_features(x_ND)
+        x_ND = check_features(x_ND)
         if self.few_points == "error" and len(x_ND) < max(self.codebook_sizes):
             raise TrainingError(
                 f"residual k-means: {len(x_ND)} items cannot fill a codebook of {max(self.codebook_sizes)} codes; use "
@@ -131,7 +130,7 @@ class ResidualKMeans:
 
     def transform(self, x_ND: Tensor | np.ndarray) -> Tensor:
         """Features in the space of the codebooks, (N, P): centred, and projected when `pca_dim` is set."""
-        return self._fitted().apply(_check_features(x_ND))
+        return self._fitted().apply(check_features(x_ND))
 
     def encode(self, x_ND: Tensor | np.ndarray) -> Tensor:
         """Codes (N, L) int64 of features (N, D); works for items that were not in `fit`."""
@@ -213,16 +212,3 @@ class ResidualKMeans:
         if self.projection is None:
             raise TrainingError("residual k-means is not fitted: call fit(features) or load(path) first")
         return self.projection
-
-
-def _check_features(x_ND: Tensor | np.ndarray) -> Tensor:
-    x_ND = torch.as_tensor(x_ND).detach().float()
-    if x_ND.dim() != 2 or x_ND.shape[0] == 0 or x_ND.shape[1] == 0:
-        raise TrainingError(f"features must be a non-empty (items, dimensions) matrix, got shape {tuple(x_ND.shape)}")
-    bad_N = ~torch.isfinite(x_ND).all(1)
-    if bool(bad_N.any()):
-        raise TrainingError(
-            f"features of {int(bad_N.sum())} items hold NaN or infinity, first in row {int(bad_N.nonzero()[0])}; "
-            "fill or drop these items"
-        )
-    return x_ND

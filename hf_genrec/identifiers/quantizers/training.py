@@ -1,4 +1,4 @@
-"""Training an RQ-VAE with `transformers.Trainer`: data set, NaN stop and `train_rq_vae`.
+"""Training the vector-quantized autoencoders with `transformers.Trainer`: data set, NaN stop, one function per model.
 
 Shape suffixes: N items, B items of a batch, E feature dimensions.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +16,13 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from ...errors import TrainingError
+from .configuration_multi_head_vq import MultiHeadVQConfig
 from .configuration_rq_vae import RQVAEConfig
+from .multi_head_vq import MultiHeadVQModel
 from .rq_vae import RQVAEModel
+from .vq_layer import VQAutoencoder
+
+Model = TypeVar("Model", bound=VQAutoencoder)
 
 
 class FeatureDataset(Dataset):
@@ -49,7 +54,7 @@ class _Bar(ProgressCallback):
         return None
 
 
-class RQVAETrainer(Trainer):
+class VQTrainer(Trainer):
     """Trainer that stops at a loss that is not finite instead of averaging it away in the log."""
 
     def compute_loss(
@@ -58,11 +63,64 @@ class RQVAETrainer(Trainer):
         """As in Trainer, but a loss that is NaN or infinite raises TrainingError."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not bool(torch.isfinite(loss)):
+            label = self.accelerator.unwrap_model(model).label
             raise TrainingError(
-                f"RQ-VAE loss is {float(loss.detach())} at step {self.state.global_step}: lower the learning rate or "
+                f"{label} loss is {float(loss.detach())} at step {self.state.global_step}: lower the learning rate or "
                 "check the features for outliers"
             )
         return (loss, outputs) if return_outputs else loss
+
+
+def _train(
+    model_class: type[Model],
+    features: Tensor | np.ndarray,
+    config: Any,
+    args: TrainingArguments | None,
+    *,
+    seed: int,
+    max_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    progress: bool,
+    resume_from_checkpoint: str | bool | None,
+) -> Model:
+    features_NE = torch.as_tensor(features).float()
+    if features_NE.dim() != 2 or len(features_NE) == 0:
+        raise TrainingError(f"features must be a non-empty (items, dimensions) matrix, got {tuple(features_NE.shape)}")
+    config_class: Any = model_class.config_class
+    config = config or config_class(input_size=features_NE.shape[1])
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
+        torch.manual_seed(seed)
+        model = model_class(config)
+        model.initialise_codebooks(features_NE, seed=seed)
+        own_arguments = args is not None
+        if args is None:
+            args = TrainingArguments(
+                output_dir=scratch,
+                max_steps=max_steps,
+                per_device_train_batch_size=min(batch_size, len(features_NE)),
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=min(20, max_steps // 10),
+                weight_decay=0.0,
+                save_strategy="no",
+                report_to="none",
+                logging_strategy="no",
+                disable_tqdm=not progress,
+                seed=seed,
+                dataloader_drop_last=True,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            )
+        args = copy.copy(args)
+        args.remove_unused_columns = False  # rows come as ready batches, there are no columns to drop
+        trainer = VQTrainer(model=model, args=args, train_dataset=FeatureDataset(features_NE), data_collator=_collate)
+        if not own_arguments:
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            if progress:
+                trainer.add_callback(_Bar)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return model.cpu().eval()
 
 
 def train_rq_vae(
@@ -91,41 +149,42 @@ def train_rq_vae(
     Raises:
         TrainingError: too few items for the codebooks, NaN in the features, a loss that is not finite.
     """
-    features_NE = torch.as_tensor(features).float()
-    if features_NE.dim() != 2 or len(features_NE) == 0:
-        raise TrainingError(f"features must be a non-empty (items, dimensions) matrix, got {tuple(features_NE.shape)}")
-    config = config or RQVAEConfig(input_size=features_NE.shape[1])
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
-        torch.manual_seed(seed)
-        model = RQVAEModel(config)
-        model.initialise_codebooks(features_NE, seed=seed)
-        own_arguments = args is not None
-        if args is None:
-            args = TrainingArguments(
-                output_dir=scratch,
-                max_steps=max_steps,
-                per_device_train_batch_size=min(batch_size, len(features_NE)),
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=min(20, max_steps // 10),
-                weight_decay=0.0,
-                save_strategy="no",
-                report_to="none",
-                logging_strategy="no",
-                disable_tqdm=not progress,
-                seed=seed,
-                dataloader_drop_last=True,
-                dataloader_pin_memory=torch.cuda.is_available(),
-            )
-        args = copy.copy(args)
-        args.remove_unused_columns = False  # rows come as ready batches, there are no columns to drop
-        trainer = RQVAETrainer(
-            model=model, args=args, train_dataset=FeatureDataset(features_NE), data_collator=_collate
-        )
-        if not own_arguments:
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
-            if progress:
-                trainer.add_callback(_Bar)
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    return model.cpu().eval()
+    return _train(
+        RQVAEModel,
+        features,
+        config,
+        args,
+        seed=seed,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        progress=progress,
+        resume_from_checkpoint=resume_from_checkpoint,
+    )
+
+
+def train_multi_head_vq(
+    features: Tensor | np.ndarray,
+    config: MultiHeadVQConfig | None = None,
+    args: TrainingArguments | None = None,
+    *,
+    seed: int = 0,
+    max_steps: int = 1000,
+    batch_size: int = 512,
+    learning_rate: float = 1e-3,
+    progress: bool = True,
+    resume_from_checkpoint: str | bool | None = None,
+) -> MultiHeadVQModel:
+    """Train a multi-head VQ-VAE on item features; arguments and errors as in `train_rq_vae`."""
+    return _train(
+        MultiHeadVQModel,
+        features,
+        config,
+        args,
+        seed=seed,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        progress=progress,
+        resume_from_checkpoint=resume_from_checkpoint,
+    )
