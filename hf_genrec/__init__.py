@@ -15,21 +15,48 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ItemTokenizer": "hf_genrec.identifiers.tokenization_item",
     "ItemTextTokenizer": "hf_genrec.identifiers.tokenization_item_text",
+    "ItemWordsTokenizer": "hf_genrec.identifiers.tokenization_item_words",
     "extend_tokenizer": "hf_genrec.identifiers.extend",
     "encode_segments": "hf_genrec.identifiers.extend",
     "ResidualKMeans": "hf_genrec.identifiers.quantizers.residual_kmeans",
+    "ProductQuantizer": "hf_genrec.identifiers.quantizers.product",
     "RQVAEConfig": "hf_genrec.identifiers.quantizers.configuration_rq_vae",
     "RQVAEModel": "hf_genrec.identifiers.quantizers.rq_vae",
+    "MultiHeadVQConfig": "hf_genrec.identifiers.quantizers.configuration_multi_head_vq",
+    "MultiHeadVQModel": "hf_genrec.identifiers.quantizers.multi_head_vq",
     "TigerConfig": "hf_genrec.models.tiger.configuration_tiger",
     "TigerForConditionalGeneration": "hf_genrec.models.tiger.modeling_tiger",
+    "SpecGRConfig": "hf_genrec.models.specgr.configuration_specgr",
+    "SpecGRForConditionalGeneration": "hf_genrec.models.specgr.modeling_specgr",
     "SASRecConfig": "hf_genrec.models.sasrec.configuration_sasrec",
     "SASRecForCausalLM": "hf_genrec.models.sasrec.modeling_sasrec",
     "RQTransformerConfig": "hf_genrec.models.rq_transformer.configuration_rq_transformer",
     "RQTransformerForCausalLM": "hf_genrec.models.rq_transformer.modeling_rq_transformer",
+    "LLaDARecConfig": "hf_genrec.models.llada_rec.configuration_llada_rec",
+    "LLaDARecForMaskedLM": "hf_genrec.models.llada_rec.modeling_llada_rec",
+    "RPGConfig": "hf_genrec.models.rpg.configuration_rpg",
+    "RPGForCausalLM": "hf_genrec.models.rpg.modeling_rpg",
+    "LanguageRecommenderConfig": "hf_genrec.models.language.configuration_language",
+    "LanguageRecommenderForCausalLM": "hf_genrec.models.language.modeling_language",
     "AutoModelForRecommendation": "hf_genrec.models.auto",
     "ItemTrie": "hf_genrec.generation.trie",
     "ItemTrieLogitsProcessor": "hf_genrec.generation.logits_process",
     "real_beams": "hf_genrec.generation.logits_process",
+    "CandidateTrieLogitsProcessor": "hf_genrec.generation.logits_process_candidates",
+    "PrefixMarginalLogitsProcessor": "hf_genrec.generation.logits_process_prefix_marginal",
+    "PerLevelLogitsProcessor": "hf_genrec.generation.logits_process_levels",
+    "FMIndexLogitsProcessor": "hf_genrec.generation.logits_process_fm",
+    "FMIndex": "hf_genrec.generation.fm_index",
+    "PrefixMarginal": "hf_genrec.generation.logits_process_prefix_marginal",
+    "TokenTrie": "hf_genrec.generation.token_trie",
+    "constrain_generation": "hf_genrec.generation.constrain",
+    "attach_constraint": "hf_genrec.generation.constrain",
+    "release_constraint": "hf_genrec.generation.constrain",
+    "ItemGeneration": "hf_genrec.generation.custom_generate",
+    "certified_top_k": "hf_genrec.generation.decoding.certified",
+    "EmbeddingGrounder": "hf_genrec.generation.grounding",
+    "NgramGrounder": "hf_genrec.generation.ngram_grounding",
+    "TitleMatcher": "hf_genrec.generation.title_matching",
     "RecommendationConfig": "hf_genrec.generation.configuration_recommendation",
     "RecommendationMixin": "hf_genrec.generation.recommend",
     "Recommendation": "hf_genrec.generation.recommend",
@@ -69,7 +96,9 @@ def __dir__() -> list[str]:
 def _register() -> None:
     from transformers import AutoConfig, AutoModel
 
+    from hf_genrec.identifiers.quantizers.configuration_multi_head_vq import MultiHeadVQConfig
     from hf_genrec.identifiers.quantizers.configuration_rq_vae import RQVAEConfig
+    from hf_genrec.identifiers.quantizers.multi_head_vq import MultiHeadVQModel
     from hf_genrec.identifiers.quantizers.rq_vae import RQVAEModel
     from hf_genrec.identifiers.tokenization_item import register
     from hf_genrec.models.auto import register_auto_classes
@@ -78,6 +107,8 @@ def _register() -> None:
     register_auto_classes()
     AutoConfig.register(RQVAEConfig.model_type, RQVAEConfig, exist_ok=True)
     AutoModel.register(RQVAEConfig, RQVAEModel, exist_ok=True)
+    AutoConfig.register(MultiHeadVQConfig.model_type, MultiHeadVQConfig, exist_ok=True)
+    AutoModel.register(MultiHeadVQConfig, MultiHeadVQModel, exist_ok=True)
 
 
 _register()

@@ -12,8 +12,8 @@ Notes on transformers' search (5.23)
       by the length penalty. `real_beams(sequences_scores)` tells which results are real.
     - The library's own `recommend` gives the same items and scores, several times faster, and has no such tail.
 
-Shape legend: B requests, R = B * beams rows, T tokens, V vocabulary, L levels, W children, P items already in the
-answer.
+Shape legend: B requests, R = B * beams rows, T tokens, A answer tokens, V vocabulary, L levels, W children, P items
+already in the answer, X choices.
 """
 
 from __future__ import annotations
@@ -23,47 +23,66 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor
 
 from ..errors import IncompatibleComponentsError, RequestError
+from .answer_grammar import AnswerGrammar
+from .answer_processor import AnswerProcessor, check_vocabulary, end_token, rows_per_request
 from .item_filter import ItemFilter
 from .requests import item_rows
+from .token_trie import TokenTrie
 from .trie import ItemTrie
 
 _DUPLICATE_SCORE = -1e6  # beams that never existed start at -1e9; no sum of real log-probabilities comes near this
+_MODES = ("items", "mixed")
 
 
-class ItemTrieLogitsProcessor(LogitsProcessor):
+class ItemTrieLogitsProcessor(AnswerProcessor):
     """Allows only tokens that continue the code of a catalogue item, and the end token after the last item.
 
     Args:
-        trie_or_tokenizer: an ItemTokenizer (or an extended text tokenizer), or an ItemTrie with `level_offsets`.
+        trie_or_tokenizer: an ItemTokenizer (or an extended text tokenizer), an ItemTrie with `level_offsets`, or a
+            TokenTrie (titles).
         prompt_length: tokens before the answer in every row: `input_ids.shape[1]` for a decoder-only model (padding
             included), 1 for an encoder-decoder (its start token), the default.
         level_offsets: (L,) token id of code 0 of each level; taken from the tokenizer.
-        eos_token_id: token that ends an answer; the tokenizer's end token, else its padding token. It is the only legal
-            token after the last item, so it costs nothing (score 0): sums stay log-probabilities of items. After a
-            prefix that is no catalogue item it is the only legal token too, at its own score.
-        num_items: items per answer, one after the other.
+        eos_token_id: token that ends an answer; the tokenizer's end token, else its padding token. After a prefix that
+            is no catalogue item it is the only legal token, at its own score.
+        mode: "items" = the answer is nothing but items; "mixed" = free text in which an item, once begun by a first
+            item token (or by `begin_token_id`), must be finished. Item tokens are legal nowhere else; texts and items
+            may alternate, and the end token is legal wherever text is.
+        num_items: items per answer, one after the other (default 1); in mixed mode the most an answer may hold
+            (default: any number).
         distinct: an answer of several items never repeats a code.
         allowed_items: the only items that may be generated: one list for all requests, or one list per request. Ids
             need a tokenizer; with a trie, give item indices.
         excluded_items: items that may not be generated (the seen ones, say): one list per request.
         renormalize: renormalise log-probabilities over the legal tokens.
+        free_end: the end of an answer costs nothing (score 0), so that sums stay log-probabilities of items; where a
+            code is complete and can also go on, the end competes at cost 0. False gives the end token the model's own
+            score, as for titles (the default of a TokenTrie), or for models trained to end items of different length.
+        separator_token_id: token between two items ("items" mode); needed where an item can be the beginning of
+            another one and both begin with the same kind of token.
+        begin_token_id: mixed mode: the token that announces an item.
 
     Requests are the rows of the batch; `generate` repeats each for its beams, so row r belongs to request r // beams.
+
+    Relations: `mode="mixed"` without text, and `num_items=1` of several, reduce to the plain processor;
+    CandidateTrieLogitsProcessor is this one with `allowed_items` as the closed set, PrefixMarginalLogitsProcessor adds a
+    second opinion to its scores.
 
     Raises:
         RequestError: no end token known, numbers below 1, an empty allow-list, or nothing left for a request.
         UnknownItemError: an id that is not in the catalogue.
-        IncompatibleComponentsError: a trie without `level_offsets`; at the first call, rows that are no multiple of
-        the requests.
+        IncompatibleComponentsError: a trie without `level_offsets`, answers that could be read in two ways; at the
+        first call, rows that are no multiple of the requests.
 
     Example:
         processor = ItemTrieLogitsProcessor(tokenizer, prompt_length=inputs["input_ids"].shape[1])
         model.generate(**inputs, num_beams=20, num_return_sequences=10, length_penalty=0.0,
                        max_new_tokens=tokenizer.num_levels, logits_processor=[processor])
     """
+
+    _adjusts = False  # does `adjust_choices` change anything?
 
     def __init__(
         self,
@@ -72,33 +91,65 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         *,
         level_offsets: Sequence[int] | None = None,
         eos_token_id: int | None = None,
-        num_items: int = 1,
+        mode: str = "items",
+        num_items: int | None = None,
         distinct: bool = True,
         allowed_items: Sequence[Any] | None = None,
         excluded_items: Sequence[Sequence[Any]] | None = None,
         renormalize: bool = False,
+        free_end: bool | None = None,
+        separator_token_id: int | None = None,
+        begin_token_id: int | None = None,
     ):
-        tokenizer = None if isinstance(trie_or_tokenizer, ItemTrie) else trie_or_tokenizer
-        self.trie = trie_or_tokenizer if tokenizer is None else ItemTrie.from_tokenizer(tokenizer)
-        if level_offsets is None:
+        tokenizer = None if isinstance(trie_or_tokenizer, ItemTrie | TokenTrie) else trie_or_tokenizer
+        trie: Any = trie_or_tokenizer if tokenizer is None else ItemTrie.from_tokenizer(tokenizer)
+        if isinstance(trie, ItemTrie) and level_offsets is None:
             if tokenizer is None:
                 raise IncompatibleComponentsError(
                     "an ItemTrie knows codes, not tokens: pass level_offsets=tokenizer.level_offsets, or the "
                     "tokenizer itself."
                 )
             level_offsets = tokenizer.level_offsets
-        self.level_offsets = torch.as_tensor(np.asarray(level_offsets, dtype=np.int64))
-        if eos_token_id is None and tokenizer is not None:
-            eos_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-        if eos_token_id is None:
-            raise RequestError("no end token is known: pass eos_token_id=....")
-        if prompt_length < 0 or num_items < 1:
+        super().__init__(prompt_length, end_token(tokenizer, eos_token_id))
+        if mode not in _MODES:
+            raise RequestError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}.")
+        if num_items is not None and num_items < 1:
             raise RequestError(f"prompt_length must be >= 0 and num_items >= 1, got {prompt_length} and {num_items}.")
-        self.prompt_length = int(prompt_length)
-        self.eos_token_id = int(eos_token_id)
-        self.num_items = int(num_items)
+        if mode == "items" and begin_token_id is not None:
+            raise RequestError('begin_token_id announces an item in free text; pass mode="mixed".')
+        if mode == "mixed" and separator_token_id is not None:
+            raise RequestError("separator_token_id stands between items; in mixed mode any text does.")
+        self.catalogue_fingerprint = getattr(tokenizer, "catalogue_fingerprint", None)
         self.distinct = bool(distinct)
         self.renormalize = bool(renormalize)
+        self.free_end = isinstance(trie, ItemTrie) if free_end is None else bool(free_end)
+        offsets = np.asarray([] if level_offsets is None else level_offsets, dtype=np.int64)
+        self.level_offsets = torch.from_numpy(offsets)
+        blocks: list[tuple[int, int]] = []
+        if isinstance(trie, ItemTrie):
+            blocks = [(int(first), int(first) + size) for first, size in zip(offsets, trie.codebook_sizes, strict=True)]
+        if any(first <= self.eos_token_id < end for first, end in blocks):
+            raise IncompatibleComponentsError(
+                f"the end token {self.eos_token_id} is an item token; pass the eos_token_id of the text vocabulary."
+            )
+        self._blocks = blocks
+        self._vocabulary = max(end for _, end in blocks) if blocks else trie.stride
+        self.num_items = 1 if num_items is None else int(num_items)
+        self._grammar: AnswerGrammar | None = None
+        if mode == "mixed" or isinstance(trie, TokenTrie) or trie.has_ends or separator_token_id is not None:
+            self._grammar = AnswerGrammar(
+                trie if isinstance(trie, TokenTrie) else TokenTrie.from_item_trie(trie, offsets),
+                self.eos_token_id,
+                mixed=mode == "mixed",
+                num_items=num_items if mode == "mixed" else self.num_items,
+                distinct=self.distinct,
+                separator_token_id=separator_token_id,
+                begin_token_id=begin_token_id,
+                reserved=blocks,
+                free_end=self.free_end,
+                renormalize=self.renormalize,
+            )
+        self.trie: Any = trie if self._grammar is None else self._grammar.trie
         self.item_filter = self._build_filter(tokenizer, allowed_items, excluded_items)
 
     def _build_filter(self, tokenizer: Any, allowed_items: Any, excluded_items: Any) -> ItemFilter | None:
@@ -120,92 +171,122 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
             )
         return item_filter
 
-    def _filter_for(self, rows: int, device: torch.device) -> ItemFilter | None:
-        """The filter with one row per row of `input_ids`."""
-        if self.item_filter is None:
-            return None
-        requests = self.item_filter.slots_BS.shape[0]
-        if rows % requests:
-            raise IncompatibleComponentsError(
-                f"{rows} rows for item lists of {requests} requests; make the processor with one list per row of "
-                "the batch."
-            )
-        return self.item_filter.take(torch.arange(rows, device=device) // (rows // requests))
-
     def _to(self, device: torch.device) -> None:
-        if self.trie.device != device:
-            self.trie = self.trie.to(device)
-            if self.item_filter is not None:
-                self.item_filter = ItemFilter(
-                    self.trie, self.item_filter.slots_BS.to(device), self.item_filter.keep_listed
-                )
+        """Move the tables; from then on they stay there."""
         self.level_offsets = self.level_offsets.to(device)
+        if self.trie.device == device:
+            return
+        self.trie = self.trie.to(device)
+        if self.item_filter is not None:
+            slots = self.item_filter.slots_BS.to(device)
+            self.item_filter = ItemFilter(self.trie, slots, self.item_filter.keep_listed)
+        if self._grammar is not None:
+            self._grammar.trie = self.trie
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Masks scores (R, V) with -inf outside the legal tokens of each row of input_ids (R, T)."""
         self._to(scores.device)
-        levels = self.trie.num_levels
-        rows, generated = input_ids.shape[0], input_ids.shape[1] - self.prompt_length
-        if generated < 0:
-            raise RequestError(
-                f"prompt_length is {self.prompt_length}, but the sequences hold {input_ids.shape[1]} tokens; "
-                "it is input_ids.shape[1] for a decoder-only model and 1 for an encoder-decoder."
-            )
-        needed = int(self.level_offsets[-1]) + self.trie.codebook_sizes[-1]
-        if scores.shape[1] < needed:
-            raise IncompatibleComponentsError(
-                f"the model scores {scores.shape[1]} tokens, the item tokens need {needed}; "
-                "call model.resize_token_embeddings(len(tokenizer)) and train it."
-            )
-        done, level = divmod(generated, levels)
-        answer = input_ids[:, self.prompt_length :]
-        finished = min(done, self.num_items) * levels
-        if finished:
-            leaves_RP = self.trie.lookup(answer[:, :finished].reshape(rows, -1, levels) - self.level_offsets)
-        else:
-            leaves_RP = answer.new_zeros(rows, 0)
-        valid = (leaves_RP >= 0).all(-1)
-        masked = torch.full_like(scores, -torch.inf)
-        if done >= self.num_items:
-            masked[:, self.eos_token_id] = torch.where(valid, 0.0, scores[:, self.eos_token_id])
-            return masked  # type: ignore[return-value]
+        answer_RA = self.answers(input_ids)
+        check_vocabulary(scores, self._vocabulary)
+        if self.item_filter is not None:
+            rows_per_request(input_ids.shape[0], self.item_filter.slots_BS.shape[0])
+        if self._grammar is not None:
+            adjust = self.adjust_choices if self._adjusts else None
+            return self._grammar.mask(answer_RA, scores, self.item_filter, adjust)  # type: ignore[return-value]
+        return self._mask_codes(answer_RA, scores)  # type: ignore[return-value]
 
-        partial = answer[:, finished:] - self.level_offsets[:level]
-        nodes = torch.where(valid, self.trie.lookup(partial), -1)
-        codes_RW, children_RW, legal_RW = self.trie.expand(level, nodes)
-        padding = ~legal_RW
-        legal_RW = legal_RW & self._alive(level + 1, children_RW, leaves_RP, self._filter_for(rows, scores.device))
-        # padded entries repeat the first child, so that the scatter writes one value per token whatever its order
-        codes_RW = torch.where(padding, codes_RW[:, :1], codes_RW)
-        legal_RW = torch.where(padding, legal_RW[:, :1], legal_RW)
-        tokens = codes_RW + self.level_offsets[level]
-        masked.scatter_(1, tokens, scores.gather(1, tokens).masked_fill(~legal_RW, -torch.inf))
-        stuck = ~legal_RW.any(-1)
-        complete = stuck & valid & (level == 0)  # an answer that has used up all its items ends early, at no cost
-        ending = torch.where(complete, 0.0, scores[:, self.eos_token_id])
-        masked[:, self.eos_token_id] = torch.where(stuck, ending, masked[:, self.eos_token_id])
-        if self.renormalize:
-            masked = torch.where(stuck.unsqueeze(-1), masked, masked.log_softmax(-1))
-        return masked  # type: ignore[return-value]
-
-    def _alive(
-        self, level: int, nodes_RW: torch.Tensor, leaves_RP: torch.Tensor, item_filter: ItemFilter | None
+    def adjust_choices(
+        self, start_RX: torch.Tensor, end_RX: torch.Tensor, legal_RX: torch.Tensor, values_RX: torch.Tensor
     ) -> torch.Tensor:
-        """Does each node lead to an item that is allowed and, if answers are distinct, not yet in the answer?"""
-        if leaves_RP.shape[1] == 0 or not self.distinct:
-            return (
-                torch.ones_like(nodes_RW, dtype=torch.bool)
-                if item_filter is None
-                else item_filter.alive(level, nodes_RW)
-            )
+        """Scores of the choices of each row, for subclasses that have more to say about the items below each choice.
+
+        Args:
+            start_RX, end_RX: slots of the items below each choice.
+            legal_RX: False where padded or not legal.
+            values_RX: the model's scores.
+        """
+        return values_RX
+
+    def _mask_codes(self, answer_RA: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Codes of one length: all rows are at the same level."""
+        levels, rows = self.trie.num_levels, answer_RA.shape[0]
+        done, level = divmod(answer_RA.shape[1], levels)
+        if answer_RA.shape[1] == 0 and self.item_filter is None and not self._adjusts:
+            return self._first_codes(scores)
+        finished = min(done, self.num_items) * levels
+        leaves_RP, known_R = None, None
+        if finished:
+            leaves_RP = self.trie.lookup(answer_RA[:, :finished].reshape(rows, -1, levels) - self.level_offsets)
+            known_R = (leaves_RP >= 0).all(-1)
+        if known_R is not None and done >= self.num_items:
+            masked = torch.full_like(scores, -torch.inf)
+            own = scores[:, self.eos_token_id]
+            masked[:, self.eos_token_id] = torch.where(known_R, 0.0, own) if self.free_end else own
+            return masked
+
+        nodes_R = self.trie.lookup(answer_RA[:, finished:] - self.level_offsets[:level])
+        if known_R is not None:
+            nodes_R = torch.where(known_R, nodes_R, -1)
+        codes_RW, children_RW, legal_RW = self.trie.expand(level, nodes_R)
+        stuck_R = nodes_R < 0
+        if leaves_RP is not None and self.distinct:
+            legal_RW = legal_RW & self._alive(level + 1, children_RW, leaves_RP)
+            stuck_R = ~legal_RW.any(-1)
+        elif self.item_filter is not None:
+            requests = self.item_filter.slots_BS.shape[0]  # the rows of a request are adjacent
+            shape = (requests, -1, legal_RW.shape[-1])
+            legal_RW = self.item_filter.alive_children(level, nodes_R.view(requests, -1), legal_RW.view(shape))
+            legal_RW = legal_RW.view(children_RW.shape)
+            stuck_R = ~legal_RW.any(-1)
+        # what is not legal is written to the end token's column, which gets its own value last
+        tokens_RW = codes_RW.add_(self._blocks[level][0]).masked_fill_(~legal_RW, self.eos_token_id)
+        values_RW = scores.gather(1, tokens_RW)
+        if self.renormalize or self._adjusts:
+            values_RW = self._rescored(level, children_RW, legal_RW, values_RW.masked_fill_(~legal_RW, -torch.inf))
+        masked = torch.full_like(scores, -torch.inf).scatter_(1, tokens_RW, values_RW)
+        masked[:, self.eos_token_id] = -torch.inf
+        if bool(stuck_R.any()):
+            ending = scores[:, self.eos_token_id]
+            if level == 0 and known_R is not None and self.free_end:  # the answer has used up all its items
+                ending = torch.where(known_R, 0.0, ending)
+            masked[:, self.eos_token_id] = ending.masked_fill(~stuck_R, -torch.inf)
+        return masked
+
+    def _rescored(
+        self, level: int, children_RW: torch.Tensor, legal_RW: torch.Tensor, values_RW: torch.Tensor
+    ) -> torch.Tensor:
+        if self.renormalize:
+            values_RW = values_RW.log_softmax(-1).masked_fill(~legal_RW, -torch.inf)
+        if self._adjusts:
+            start_RW, end_RW = self.trie.slot_range(level + 1, children_RW)
+            values_RW = self.adjust_choices(start_RW, end_RW, legal_RW, values_RW).masked_fill(~legal_RW, -torch.inf)
+        return values_RW
+
+    def _first_codes(self, scores: torch.Tensor) -> torch.Tensor:
+        """At the beginning all rows have the same choice."""
+        codes_W, _, _ = self.trie.expand(0, torch.zeros((), dtype=torch.long, device=scores.device))
+        first, end = self._blocks[0]
+        closed_C = scores.new_full((end - first,), -torch.inf)
+        closed_C[codes_W] = 0.0
+        block = scores[:, first:end] + closed_C
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, first:end] = block.log_softmax(-1) if self.renormalize else block
+        return masked
+
+    def _alive(self, level: int, nodes_RW: torch.Tensor, leaves_RP: torch.Tensor) -> torch.Tensor:
+        """Does each node lead to an item that is allowed and not yet in the answer?"""
         start, end = self.trie.slot_range(level, nodes_RW)
-        used_start, used_end = self.trie.slot_range(self.trie.num_levels, leaves_RP)
-        if item_filter is None:
-            left, used = end - start, used_end - used_start
-        else:
-            left, used = item_filter.count_alive(start, end), item_filter.count_alive(used_start, used_end)
+        used_start, used_end = self.trie.leaf_slots(leaves_RP)
+        used = self._count(used_start, used_end)
         inside = (used_start.unsqueeze(1) >= start.unsqueeze(2)) & (used_end.unsqueeze(1) <= end.unsqueeze(2))
-        return left - (inside * used.unsqueeze(1)).sum(-1) > 0
+        return self._count(start, end) - (inside * used.unsqueeze(1)).sum(-1) > 0
+
+    def _count(self, start_RX: torch.Tensor, end_RX: torch.Tensor) -> torch.Tensor:
+        if self.item_filter is None:
+            return end_RX - start_RX
+        requests = self.item_filter.slots_BS.shape[0]
+        counts = self.item_filter.count_alive(start_RX.reshape(requests, -1), end_RX.reshape(requests, -1))
+        return counts.view(start_RX.shape)
 
 
 def real_beams(sequences_scores: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import IncompatibleComponentsError, RequestError
+from ..errors import RequestError
 from .configuration_recommendation import RecommendationConfig
-from .decoding.causal_lm import CausalLMScorer
-from .decoding.encoder_decoder import EncoderDecoderScorer
 from .decoding.exhaustive import score_all_leaves
 from .item_filter import ItemFilter
-from .requests import check_fingerprint, check_histories
+from .requests import check_fingerprint, check_histories, check_k
+from .scorers import scorer_for
 from .search import (
     Recommendation,
     encoded_batches,
@@ -133,18 +132,20 @@ class RecommendationMixin:
             k, num_beams, exclude_seen: override `recommendation_config`; num_beams below k is widened to k.
             allowed_items: only these may be returned: one list for all users, or one list per user.
             user_ids: for tokenizers with user tokens.
-            overrides: other fields of RecommendationConfig (`max_history`, `dense_weight`, `renormalize`,
-                `batch_size`).
+            overrides: other fields of RecommendationConfig (`max_history`, `dense_weight`, `renormalize`, `batch_size`,
+                `decoding`, `decoding_options`).
 
         Returns:
             One list per history; shorter than k only where fewer items may be returned.
 
         Raises:
-            RequestError: k or num_beams below 1, an unknown option, an allow-list that leaves nothing (row named).
+            RequestError: k or num_beams below 1, k above the number of items, an unknown option or search, an allow-list
+                that leaves nothing (row named).
             UnknownItemError: an id of `allowed_items` that is not in the catalogue.
             IncompatibleComponentsError: the tokenizer carries another catalogue than the model was made for.
         """
         check_fingerprint(self, tokenizer)
+        check_k(k, tokenizer)
         config = self.recommendation_config.merged(k=k, num_beams=num_beams, exclude_seen=exclude_seen, **overrides)
         return recommend_histories(self, histories, tokenizer, config, allowed_items=allowed_items, user_ids=user_ids)
 
@@ -231,9 +232,9 @@ def recommend(
     attention_mask: torch.Tensor | None = None,
     *,
     tokenizer: Any,
-    k: int = 10,
-    num_beams: int = 50,
-    exclude_seen: bool = True,
+    k: int | None = None,
+    num_beams: int | None = None,
+    exclude_seen: bool | None = None,
     allowed_items: Sequence[str] | Sequence[Sequence[str]] | None = None,
     user_ids: Sequence[str] | None = None,
     **options: Any,
@@ -247,8 +248,8 @@ def recommend(
         input_ids, attention_mask: prompts (B, T), tensors or nested lists; padding on either side. Without histories,
             the items spelled out in a prompt are the seen ones (all items of a shared code).
         tokenizer: an ItemTokenizer or an extended text tokenizer.
-        k, num_beams, exclude_seen, allowed_items: as in `RecommendationMixin.recommend`.
-        options: other fields of RecommendationConfig (`renormalize`, `batch_size`, `max_history`).
+        k, num_beams, exclude_seen, allowed_items: as in `RecommendationMixin.recommend`; defaults 10, 50, True.
+        options: other fields of RecommendationConfig (`renormalize`, `batch_size`, `max_history`, `decoding` ...).
 
     Returns:
         One list per request, best first; scores are log-probabilities of the item's tokens (full-vocabulary softmax),
@@ -258,7 +259,9 @@ def recommend(
         RequestError, UnknownItemError, IncompatibleComponentsError: as in `RecommendationMixin.recommend`.
     """
     check_fingerprint(model, tokenizer)
-    config = RecommendationConfig(k=k, num_beams=num_beams, exclude_seen=exclude_seen).merged(**options)
+    check_k(k, tokenizer)
+    defaults = getattr(model, "recommendation_config", None) or RecommendationConfig()
+    config = defaults.merged(k=k, num_beams=num_beams, exclude_seen=exclude_seen, **options)
     decoder = scorer_for(model, tokenizer)
     with evaluating(model):
         if input_ids is None:
@@ -272,24 +275,3 @@ def recommend(
             torch.ones_like(prompts) if attention_mask is None else torch.as_tensor(attention_mask).to(prompts.device)
         )
         return recommend_prompts(decoder, prompts, mask, histories, tokenizer, config, allowed_items)
-
-
-def scorer_for(model: Any, tokenizer: Any) -> Any:
-    """What scores codes for this model: the model itself where it can, else an adapter for its kind.
-
-    Raises:
-        IncompatibleComponentsError: the vocabulary does not hold the tokenizer's item tokens.
-    """
-    if hasattr(model, "start_decoding") and hasattr(model, "score_codes"):
-        return model
-    ItemTrie.from_tokenizer(tokenizer)  # fails here, by name, for a tokenizer without a catalogue
-    embeddings = model.get_input_embeddings()
-    needed = int(max(np.asarray(tokenizer.level_offsets) + np.asarray(tokenizer.codebook_sizes)))
-    if embeddings is not None and embeddings.weight.shape[0] < needed:
-        raise IncompatibleComponentsError(
-            f"{type(model).__name__} has {embeddings.weight.shape[0]} token embeddings, the tokenizer's item "
-            f"tokens need {needed}; "
-            "call model.resize_token_embeddings(len(tokenizer)) and train it."
-        )
-    kind = EncoderDecoderScorer if model.config.is_encoder_decoder else CausalLMScorer
-    return kind(model, tokenizer.level_offsets, tokenizer.codebook_sizes)

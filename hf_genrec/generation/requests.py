@@ -31,6 +31,17 @@ def check_fingerprint(model: Any, tokenizer: Any) -> None:
         )
 
 
+def check_k(k: int | None, tokenizer: Any) -> None:
+    """A k that was asked for must exist in the catalogue (a configured default is simply cut to it).
+
+    Raises:
+        RequestError: k above the number of items.
+    """
+    items = getattr(tokenizer, "num_items", None)
+    if k is not None and items is not None and k > items:
+        raise RequestError(f"k={k} items were asked for, the catalogue holds {items}; ask for at most {items}.")
+
+
 def check_histories(histories: Any) -> list[list[str]]:
     """A list of histories, each a list of item ids.
 

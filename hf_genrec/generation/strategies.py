@@ -56,13 +56,30 @@ DECODING_STRATEGIES: dict[str, Strategy] = {
     "parallel": Strategy("parallel:parallel", needs=("start_decoding", "score_digits"), lossless=True),
     "graph": Strategy(
         "parallel:graph",
-        needs=("start_decoding", "score_digits"),
+        needs=("start_decoding", "score_digits", "digit_vectors"),
         options={"num_neighbours": 50, "num_steps": 3, "seed": 0},
+    ),
+    "prefix_marginal": Strategy(
+        "prefix_marginal:prefix_marginal",
+        needs=("start_decoding", "score_codes", "score_dense"),
+        options={"alpha": 0.5},
+    ),
+    "ngram_grounding": Strategy(
+        "ngram_grounding:ngram_grounding",
+        needs=("start_decoding", "text_facets", "start_facet", "facet_index"),
+        options={
+            "max_tokens": 8,
+            "facet_weights": None,
+            "biases": None,
+            "alpha": 2.0,
+            "beta": 0.8,
+            "gamma": 1.0,
+        },
     ),
     "speculative": Strategy(
         "speculative:speculative",
         needs=("start_decoding", "score_codes", "draft_scores|score_dense"),
-        options={"num_drafts": 50, "threshold": -2.0, "cold_items": None},
+        options={"num_drafts": 20, "threshold": -1.8, "cold_items": None, "drop_last_code": True},
     ),
     "masked_diffusion": Strategy(
         "masked_diffusion:masked_diffusion",
@@ -101,8 +118,8 @@ def resolve_strategy(decoder: Any, config: RecommendationConfig) -> Callable[...
             )
     function, options = strategy.load(), dict(strategy.options) | config.decoding_options
 
-    seed = options.pop("seed") if strategy.seeded else None
-    if strategy.seeded and (isinstance(seed, bool) or not isinstance(seed, int)):
+    seed = options.pop("seed") if strategy.seeded else 0
+    if isinstance(seed, bool) or not isinstance(seed, int):
         raise RequestError(f"decoding_options seed must be a whole number, got {seed!r}.")
 
     def search(*args: Any, batch_size: int, first_row: int = 0) -> Any:

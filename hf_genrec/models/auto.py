@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -37,19 +37,32 @@ def register_auto_classes() -> None:
     Calling it again changes nothing. Also enters the class names in transformers' name tables, which `Trainer` reads to
     decide whether labels are shifted and transformers' test mixins read to decide which inputs a class takes.
     """
+    from .language.configuration_language import LanguageRecommenderConfig
+    from .language.modeling_language import LanguageRecommenderForCausalLM
+    from .llada_rec.configuration_llada_rec import LLaDARecConfig
+    from .llada_rec.modeling_llada_rec import LLaDARecForMaskedLM, LLaDARecModel
+    from .rpg.configuration_rpg import RPGConfig
+    from .rpg.modeling_rpg import RPGForCausalLM, RPGModel
     from .rq_transformer.configuration_rq_transformer import RQTransformerConfig
     from .rq_transformer.modeling_rq_transformer import RQTransformerForCausalLM, RQTransformerModel
     from .sasrec.configuration_sasrec import SASRecConfig
     from .sasrec.modeling_sasrec import SASRecForCausalLM, SASRecModel
+    from .specgr.configuration_specgr import SpecGRConfig
+    from .specgr.modeling_specgr import SpecGRForConditionalGeneration, SpecGRModel
     from .tiger.configuration_tiger import TigerConfig
     from .tiger.modeling_tiger import TigerForConditionalGeneration, TigerModel
 
     seq2seq = (AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     causal = (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    masked = (AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     for config_class, base_class, model_class, (auto_class, names) in (
         (TigerConfig, TigerModel, TigerForConditionalGeneration, seq2seq),
+        (SpecGRConfig, SpecGRModel, SpecGRForConditionalGeneration, seq2seq),
         (SASRecConfig, SASRecModel, SASRecForCausalLM, causal),
         (RQTransformerConfig, RQTransformerModel, RQTransformerForCausalLM, causal),
+        (RPGConfig, RPGModel, RPGForCausalLM, causal),
+        (LanguageRecommenderConfig, LanguageRecommenderForCausalLM, LanguageRecommenderForCausalLM, causal),
+        (LLaDARecConfig, LLaDARecModel, LLaDARecForMaskedLM, masked),
     ):
         for one in (base_class, model_class):
             if isinstance(

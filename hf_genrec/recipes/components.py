@@ -37,10 +37,46 @@ _KMEANS_OPTIONS: Options = {
     "max_load": float,
 }
 
+_PRODUCT_OPTIONS: Options = {
+    "num_codebooks": int,
+    "codebook_size": int,
+    "iterations": int,
+    "pca_dim": int,
+    "whiten": bool,
+}
+
 QUANTIZERS: dict[str, Component] = {
+    "item_words": Component(
+        "hf_genrec.recipes.stages:item_words_tokenizer",
+        frozenset({"text_identifiers", "tokenizer"}),
+        frozenset({"item_text"}),
+        {"fields": list, "vocab_size": int, "text_tokenizer": str, "max_tokens": int},
+    ),
     "atomic": Component("hf_genrec.recipes.stages:atomic_codes", frozenset({"fixed_length", "single_code"})),
     "residual_kmeans": Component(
         "hf_genrec.recipes.stages:residual_kmeans_codes", _CODES, frozenset({"item_vectors"}), _KMEANS_OPTIONS
+    ),
+    "opq": Component(
+        "hf_genrec.recipes.stages:opq_codes",
+        frozenset({"fixed_length"}),
+        frozenset({"item_vectors"}),
+        _PRODUCT_OPTIONS | {"rounds": int},
+    ),
+    "multi_head_vq": Component(
+        "hf_genrec.recipes.stages:multi_head_vq_codes",
+        frozenset({"fixed_length"}),
+        frozenset({"item_vectors"}),
+        {
+            "codebook_sizes": list,
+            "latent_size": int,
+            "hidden_sizes": list,
+            "codebook_update": str,
+            "max_steps": int,
+            "learning_rate": float,
+        },
+    ),
+    "pq": Component(
+        "hf_genrec.recipes.stages:pq_codes", frozenset({"fixed_length"}), frozenset({"item_vectors"}), _PRODUCT_OPTIONS
     ),
     "rq_vae": Component(
         "hf_genrec.recipes.stages:rq_vae_codes",
@@ -58,6 +94,21 @@ QUANTIZERS: dict[str, Component] = {
 }
 
 MODELS: dict[str, Component] = {
+    "language": Component(
+        "hf_genrec.models.language.modeling_language:LanguageRecommenderForCausalLM",
+        frozenset({"autoregressive", "sequence_training"}),
+        frozenset({"text_identifiers"}),
+    ),
+    "llada_rec": Component(
+        "hf_genrec.models.llada_rec.modeling_llada_rec:LLaDARecForMaskedLM",
+        frozenset({"masked_diffusion", "sequence_training", "prefix_training"}),
+        frozenset({"fixed_length"}),
+    ),
+    "rpg": Component(
+        "hf_genrec.models.rpg.modeling_rpg:RPGForCausalLM",
+        frozenset({"parallel_digits", "sequence_training"}),
+        frozenset({"fixed_length"}),
+    ),
     "rq_transformer": Component(
         "hf_genrec.models.rq_transformer.modeling_rq_transformer:RQTransformerForCausalLM",
         frozenset({"autoregressive", "sequence_training", "item_features"}),
@@ -67,6 +118,11 @@ MODELS: dict[str, Component] = {
         "hf_genrec.models.sasrec.modeling_sasrec:SASRecForCausalLM",
         frozenset({"autoregressive", "sequence_training"}),
         frozenset({"single_code"}),
+    ),
+    "specgr": Component(
+        "hf_genrec.models.specgr.modeling_specgr:SpecGRForConditionalGeneration",
+        frozenset({"autoregressive", "prefix_training"}),
+        frozenset({"fixed_length", "ordered_codes"}),
     ),
     "tiger": Component(
         "hf_genrec.models.tiger.modeling_tiger:TigerForConditionalGeneration",

@@ -41,9 +41,9 @@ from hf_genrec.identifiers.collisions import resolve_collisions
 from hf_genrec.identifiers.health import identifier_health
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes import baselines as baseline_runs
-from hf_genrec.recipes.components import MODELS
+from hf_genrec.recipes.components import MODELS, QUANTIZERS
 from hf_genrec.recipes.resolver import Recipe
-from hf_genrec.recipes.stages import feature_blocks, identifier_vectors, model_vectors, quantize
+from hf_genrec.recipes.stages import facet_tables, feature_blocks, identifier_vectors, model_vectors, quantize
 
 logger = logging.getLogger(__name__)
 KS = (1, 5, 10, 20, 50)
@@ -107,6 +107,16 @@ def build_tokenizer(
 ) -> tuple[ItemTokenizer, np.ndarray | None, dict[str, Any]]:
     """Identifiers for every item: the tokenizer, the model's input features (N, F) and the health of the codes."""
     blocks = feature_blocks(recipe.features, data, split, progress)
+    component = QUANTIZERS[recipe.identifiers["quantizer"]]
+    if "tokenizer" in component.gives:  # identifiers that are no codes of a codebook: texts
+        options = {key: recipe.identifiers[key] for key in component.options if key in recipe.identifiers}
+        named = component.load()(data, **options)
+        shared = data.num_items - len(np.unique(named.codes, axis=0))
+        lengths = (named.codes >= 0).sum(axis=1)
+        record = {"collision_rate": shared / data.num_items, "tokens_per_item": float(lengths.mean())}
+        if progress:
+            print(f"{len(named)} tokens; {lengths.mean():.1f} per item, {shared} items share their text", flush=True)
+        return named, model_vectors(blocks, recipe.model.get("features")), record
     names = recipe.identifiers.get("features", [])
     vectors = identifier_vectors(names, blocks) if names else None
     quantized = quantize(recipe.identifiers, vectors, data.num_items, seed, progress)
@@ -132,20 +142,36 @@ def build_tokenizer(
     return tokenizer, model_vectors(blocks, recipe.model.get("features")), record
 
 
-def build_model(recipe: Recipe, tokenizer: ItemTokenizer, features_NF: np.ndarray | None, *, seed: int) -> Any:
-    """A freshly initialised model of the recipe's type and sizes."""
+def build_model(
+    recipe: Recipe,
+    tokenizer: Any,
+    features_NF: np.ndarray | None,
+    *,
+    seed: int,
+    data: RecommendationData | None = None,
+) -> Any:
+    """A freshly initialised model of the recipe's type and sizes; `data` gives further item texts where it has facets."""
     component = MODELS[recipe.model["type"]]
     model_class = component.load()
     options = {key: value for key, value in recipe.model.items() if key not in ("type", "features")}
-    if "sequence_training" in component.gives:
+    if "sequence_training" in component.gives and hasattr(model_class.config_class, "max_position_embeddings"):
         options.setdefault("max_position_embeddings", recipe.training.get("max_history", 50))
     takes_features = "item_features" in component.gives
     if takes_features:
         options["item_feature_dim"] = 0 if features_NF is None else int(features_NF.shape[1])
+    facets = None
+    if options.get("facets"):
+        assert data is not None
+        facets = facet_tables(data, tokenizer, options["facets"])
+        options |= {"facet_levels": facets[0].shape[2], "marker_levels": facets[1].shape[1]}
     torch.manual_seed(seed)
     model = model_class(model_class.config_class.from_tokenizer(tokenizer, **options))
     if takes_features:
         model.set_catalogue(tokenizer.codes, features_NF)
+    elif hasattr(model, "set_catalogue"):
+        model.set_catalogue(tokenizer.codes)
+    if facets is not None:
+        model.set_facets(*facets)
     return model
 
 
@@ -232,7 +258,7 @@ def train_recipe(
     try:
         with stages("identifiers"):
             tokenizer, features, health = build_tokenizer(recipe, data, split, seed=seed, progress=progress)
-        model = build_model(recipe, tokenizer, features, seed=seed)
+        model = build_model(recipe, tokenizer, features, seed=seed, data=data)
         generation = dict(recipe.generation)
         dense_weight = generation.pop("dense_weight", 0.0)
         at_validation = dense_weight == "validation"
@@ -254,7 +280,8 @@ def train_recipe(
                 resume_from_checkpoint=resume or None,
             )
         model = trained.model.eval()
-        if "sequence_training" in MODELS[recipe.model["type"]].gives:
+        reads_newest = hasattr(model.config, "max_position_embeddings")
+        if reads_newest and "sequence_training" in MODELS[recipe.model["type"]].gives:
             # these models cut to their newest positions themselves, and may use older items as "seen"
             model.recommendation_config = replace(model.recommendation_config, max_history=None)
         fusion = None

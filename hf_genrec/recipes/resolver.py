@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from hf_genrec.errors import IncompatibleComponentsError, RecipeError
+from hf_genrec.generation.strategies import DECODING_STRATEGIES
 from hf_genrec.recipes.components import FEATURES, MODELS, QUANTIZERS, Component
 
 FOLDER = Path(__file__).parent
@@ -38,7 +39,16 @@ DATA = {
     "test_fraction": float,
 }
 IDENTIFIERS = {"quantizer": str, "features": list, "collisions": str, "num_user_tokens": int, "history_eos": bool}
-GENERATION = {"k": int, "num_beams": int, "exclude_seen": bool, "renormalize": bool, "dense_weight": (float, int, str)}
+GENERATION = {
+    "k": int,
+    "num_beams": int,
+    "exclude_seen": bool,
+    "renormalize": bool,
+    "dense_weight": (float, int, str),
+    "batch_size": int,
+    "decoding": str,
+    "decoding_options": dict,
+}
 COLLISIONS = ("counter", "keep", "next_nearest")
 
 
@@ -65,7 +75,9 @@ class Recipe:
 
     def needs_text(self) -> bool:
         """True when items without text cannot be used."""
-        return self.features.get("text", {}).get("when_missing", "error") == "error" and "text" in self.features
+        quantizer = QUANTIZERS[self.identifiers["quantizer"]]
+        block = "text" in self.features and self.features["text"].get("when_missing", "error") == "error"
+        return block or "item_text" in quantizer.needs
 
 
 def recipe_names() -> list[str]:
@@ -149,7 +161,7 @@ def _check(where: str, values: Any, allowed: dict[str, Any]) -> None:
 def model_options(model_type: str) -> dict[str, Any]:
     """Configuration fields a recipe may set for a model, with their types."""
     config_class = MODELS[model_type].load().config_class
-    kinds = (int, float, bool, str, list)
+    kinds = (int, float, bool, str, list, dict)
     own = {name for klass in config_class.__mro__ for name in getattr(klass, "__annotations__", {})}
     derived = {
         "vocab_size",
@@ -275,7 +287,7 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
     for name in content["model"].get("features", []):
         _choice("model.features", name, content.get("features") or {})
     _check("training", content.get("training") or {}, training_options())
-    _check("generation", content.get("generation") or {}, GENERATION)
+    _check_generation(where, content.get("generation") or {}, model)
     if "item_vectors" in quantizer.needs and not identifiers.get("features"):
         raise IncompatibleComponentsError(
             f"{where}: quantizer {identifiers['quantizer']!r} needs item vectors; name blocks in identifiers.features."
@@ -287,6 +299,24 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
             f"{where}: model {content['model']['type']!r} needs {', '.join(sorted(lacking))}, which quantizer "
             f"{identifiers['quantizer']!r} does not give; quantizers that fit: {', '.join(fitting)}."
         )
+
+
+def _check_generation(where: str, generation: dict[str, Any], model: Component) -> None:
+    """The search exists, takes these options, and the model has the methods it needs."""
+    _check("generation", generation, GENERATION)
+    name = generation.get("decoding", "beam")
+    _choice("generation.decoding", name, DECODING_STRATEGIES)
+    strategy = DECODING_STRATEGIES[name]
+    for option in generation.get("decoding_options") or {}:
+        if option not in strategy.options:
+            raise RecipeError(f"unknown key generation.decoding_options.{option}: {nearest(option, strategy.options)}")
+    model_class = model.load()
+    for methods in strategy.needs:
+        if not any(hasattr(model_class, method) for method in methods.split("|")):
+            raise IncompatibleComponentsError(
+                f"{where}: decoding {name!r} needs a model with {methods.replace('|', ' or ')}, which "
+                f"{model_class.__name__} has not."
+            )
 
 
 def list_recipes() -> list[dict[str, Any]]:

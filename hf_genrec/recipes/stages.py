@@ -137,6 +137,65 @@ def atomic_codes(vectors: np.ndarray | None, num_items: int, *, seed: int = 0, p
     return Quantized(np.arange(num_items)[:, None], (num_items,))
 
 
+def item_words_tokenizer(
+    data: RecommendationData,
+    *,
+    fields: list[str] | None = None,
+    vocab_size: int = 2000,
+    text_tokenizer: str | None = None,
+    max_tokens: int = 24,
+) -> Any:
+    """Items named by their texts: a tokenizer, not codes.
+
+    Args:
+        fields: columns of the item table that make the name; default: the title.
+        vocab_size: of the byte-level BPE learned from these texts, where no `text_tokenizer` is given.
+        text_tokenizer: folder of a pretrained text tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from hf_genrec.identifiers.text_vocabulary import train_text_tokenizer
+    from hf_genrec.identifiers.tokenization_item_words import ItemWordsTokenizer
+
+    if data.items is None:
+        raise ItemTableError(
+            f"{data.name}: the recipe names items by their texts; give an item table with --items FILE."
+        )
+    texts = data.items.titles() if fields is None else data.items.texts(fields)
+    if text_tokenizer is None:
+        base: Any = train_text_tokenizer(texts, vocab_size)
+    else:
+        base = AutoTokenizer.from_pretrained(text_tokenizer)
+    return ItemWordsTokenizer.from_texts(base, data.item_ids, texts, max_tokens=max_tokens)
+
+
+def facet_tables(data: RecommendationData, tokenizer: Any, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Further texts of the items for a language recommender: tokens (F, N, L) and markers (F, M), -1 behind the end.
+
+    A facet is "id" (the item's own string) or a column of the item table. Item texts are untrusted: see `encode_segments`.
+    """
+    from hf_genrec.identifiers.segments import encode_segments
+
+    tables, markers = [], []
+    for name in names:
+        if name != "id" and data.items is None:
+            raise ItemTableError(
+                f"{data.name}: facet {name!r} is a column of the item table; give one with --items FILE."
+            )
+        texts = data.item_ids if name == "id" else data.items.texts([name])  # type: ignore[union-attr]
+        rows = [encode_segments(tokenizer, [("text", text or "unknown")]) for text in texts]
+        tables.append([[*row, tokenizer.item_end_token_id] for row in rows])
+        markers.append(encode_segments(tokenizer, [("text", f"{name}: ")]))
+    width = max(len(row) for table in tables for row in table)
+    tokens_FNL = np.full((len(names), data.num_items, width), -1, np.int32)
+    markers_FM = np.full((len(names), max(map(len, markers))), -1, np.int32)
+    for facet, table in enumerate(tables):
+        markers_FM[facet, : len(markers[facet])] = markers[facet]
+        for item, row in enumerate(table):
+            tokens_FNL[facet, item, : len(row)] = row
+    return tokens_FNL, markers_FM
+
+
 def residual_kmeans_codes(
     vectors: np.ndarray,
     num_items: int,
@@ -167,6 +226,33 @@ def residual_kmeans_codes(
     return Quantized(codes, tuple(codebook_sizes), quantizer.codebooks, quantizer.transform(vectors), quantizer)
 
 
+def opq_codes(
+    vectors: np.ndarray,
+    num_items: int,
+    *,
+    num_codebooks: int,
+    codebook_size: int,
+    pca_dim: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Quantized:
+    """Optimised product quantization on the item vectors: long codes whose digits have no order."""
+    from hf_genrec.identifiers.quantizers.product import ProductQuantizer
+
+    if pca_dim is not None:
+        pca_dim = min(pca_dim, vectors.shape[1])  # a recipe's default for wide features also fits narrow ones
+    sizes = [codebook_size] * num_codebooks
+    quantizer = ProductQuantizer(sizes, seed=seed, pca_dim=pca_dim, few_points="duplicate", **options).fit(vectors)
+    codes = quantizer.encode(vectors).numpy()
+    return Quantized(codes, tuple(sizes), quantizer.padded_codebooks(), quantizer.transform(vectors), quantizer)
+
+
+def pq_codes(vectors: np.ndarray, num_items: int, **options: Any) -> Quantized:
+    """Product quantization on the item vectors, without a rotation."""
+    return opq_codes(vectors, num_items, rotate=False, **options)
+
+
 def rq_vae_codes(
     vectors: np.ndarray, num_items: int, *, seed: int = 0, progress: bool = True, **options: Any
 ) -> Quantized:
@@ -180,6 +266,21 @@ def rq_vae_codes(
     codes = np.asarray(model.encode(torch.as_tensor(vectors)))
     features = model.transform(torch.as_tensor(vectors))
     return Quantized(codes, tuple(config.codebook_sizes), model.codebooks, features, model)
+
+
+def multi_head_vq_codes(
+    vectors: np.ndarray, num_items: int, *, seed: int = 0, progress: bool = True, **options: Any
+) -> Quantized:
+    """Multi-head VQ-VAE on the item vectors, trained with Trainer: parallel codes."""
+    from hf_genrec.identifiers.quantizers.configuration_multi_head_vq import MultiHeadVQConfig
+    from hf_genrec.identifiers.quantizers.training import train_multi_head_vq
+
+    training = {key: options.pop(key) for key in ("max_steps", "learning_rate") if key in options}
+    config = MultiHeadVQConfig(input_size=vectors.shape[1], standardise="global", **options)
+    model = train_multi_head_vq(vectors, config, seed=seed, progress=progress, **training)
+    codes = np.asarray(model.encode(torch.as_tensor(vectors)))
+    features = model.transform(torch.as_tensor(vectors))
+    return Quantized(codes, tuple(config.codebook_sizes), model.padded_codebooks(), features, model)
 
 
 def quantize(

@@ -10,7 +10,7 @@ import torch
 
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.errors import RequestError
-from hf_genrec.evaluation.beam_check import beam_versus_exact
+from hf_genrec.evaluation.beam_check import beam_versus_exact, certified_versus_exact
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
@@ -115,3 +115,41 @@ def test_bad_requests():
         beam_versus_exact(model, tokenizer, histories, widths=(5,), k=10)
     with pytest.raises(RequestError, match="at least one history"):
         beam_versus_exact(model, tokenizer, Sequences.from_rows([]), widths=(10,))
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_wide_beams_miss_nothing_under_renormalisation(exclude_seen):
+    """Leaving out seen items changes renormalised scores; beam and exact ranking must speak of the same ones."""
+    model, tokenizer, histories = _case()
+    config = RecommendationConfig(renormalize=True)
+    options = {"k": 5, "config": config, "exclude_seen": exclude_seen, "progress": False}
+    check = beam_versus_exact(model, tokenizer, histories, widths=(5, 100), **options)
+    assert check.widths[100]["missed_share"] == 0.0 < check.widths[5]["missed_share"]
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_certified_lists_are_right_and_cheap_enough(renormalize, exclude_seen):
+    model, tokenizer, histories = _case()
+    config = RecommendationConfig(renormalize=renormalize)
+    options = {"k": 5, "config": config, "exclude_seen": exclude_seen, "progress": False}
+    check = certified_versus_exact(model, tokenizer, histories, max_beams=(5, 11, None), batch_size=7, **options)
+    shares = [check.limits[limit]["certified_share"] for limit in (5, 11, None)]
+    assert shares[0] < shares[1] <= shares[2] == 1.0, shares
+    assert all(found["wrong_share"] == 0.0 for found in check.limits.values())
+    assert check.limits[None]["missed_share"] == 0.0 < check.limits[5]["missed_share"]
+    # a first walk of 5 beams is the beam search of that width
+    beam = beam_versus_exact(model, tokenizer, histories, widths=(5,), **options)
+    assert check.limits[5]["missed_share"] == beam.widths[5]["missed_share"]
+    assert check.limits[5]["beams_max"] == 5 and check.limits[None]["beams_max"] <= 12
+    assert check.exhaustive_rows == 13  # the root and 12 first codes
+    assert json.loads(json.dumps(check.to_dict()))["limits"]["none"]["certified_share"] == 1.0
+    assert "no limit: 100.0% certified" in str(check)
+
+
+def test_certified_check_refuses_bad_limits():
+    model, tokenizer, histories = _case(rows=2)
+    with pytest.raises(RequestError, match="max_beams must be at least k = 10"):
+        certified_versus_exact(model, tokenizer, histories, max_beams=(5,))
+    with pytest.raises(RequestError, match="at least one history"):
+        certified_versus_exact(model, tokenizer, Sequences.from_rows([]))

@@ -110,6 +110,12 @@ def test_no_histories_is_no_work(table_model, tokenizer):
     assert table_model(SIZES).score_all([], tokenizer=tokenizer).shape == (0, 60)
 
 
+def test_more_items_than_there_are(table_model, tokenizer):
+    with pytest.raises(RequestError, match="k=61 items were asked for, the catalogue holds 60"):
+        table_model(SIZES).recommend([["item-1"]], tokenizer=tokenizer, k=61)
+    assert len(table_model(SIZES).recommend([["item-1"]], tokenizer=tokenizer, k=60)[0]) == 59
+
+
 def test_indices_path_agrees_and_pads(table_model, tokenizer, histories):
     model, trie = table_model(SIZES), ItemTrie.from_tokenizer(tokenizer)
     encoded = tokenizer.encode_histories(histories, return_tensors="pt")
@@ -118,7 +124,7 @@ def test_indices_path_agrees_and_pads(table_model, tokenizer, histories):
     assert items.shape == scores.shape == (5, 70) and items.dtype == torch.int64
     assert torch.equal(items < 0, torch.isneginf(scores))
     assert model.recommend_indices(torch.zeros(0, 3, dtype=torch.long), trie=trie, k=4)[0].shape == (0, 4)
-    named = model.recommend(histories, tokenizer=tokenizer, k=70)
+    named = model.recommend(histories, tokenizer=tokenizer, k=60, num_beams=70)
     assert [[f"item-{i}" for i in row if i >= 0] for row in items.tolist()] == ids(named)
     allowed = torch.zeros(5, 60, dtype=torch.bool)
     allowed[:, [3, 4]] = True

@@ -88,7 +88,7 @@ def test_masks_equal_a_smaller_catalogue(renormalize, table_model, brute_force, 
         leaves, scores = trie_beam_search(model, state, trie, 80, masks, batch_size=5, renormalize=renormalize)
         for user in range(5):
             live = leaves[user] >= 0
-            items = trie.leaf_items[leaves[user][live]].long().numpy()
+            items = trie.items_at(leaves[user][live]).numpy()
             assert sorted(items) == sorted(rows[user])
             np.testing.assert_allclose(scores[user][live].numpy(), exact[user][items], atol=1e-4)
             assert torch.isneginf(scores[user][~live]).all()

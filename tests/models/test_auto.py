@@ -80,7 +80,7 @@ def test_registering_twice_changes_nothing():
     before = list(MODEL_FOR_RECOMMENDATION_MAPPING.keys())
     number = len(AutoModelForCausalLM._model_mapping)
     register_auto_classes()
-    assert list(MODEL_FOR_RECOMMENDATION_MAPPING.keys()) == before and len(before) == 3
+    assert list(MODEL_FOR_RECOMMENDATION_MAPPING.keys()) == before and len(before) == 7
     assert len(AutoModelForCausalLM._model_mapping) == number
 
 

@@ -249,6 +249,31 @@ def test_an_item_never_trained_on_is_scored_by_its_codes_and_features() -> None:
     assert dense[0].item() == pytest.approx(dense[2].item(), abs=1e-6) and dense[0].item() != dense[1].item()
 
 
+def test_inductive_dense_head_knows_content_only_and_leaves_cold_items_out(tmp_path) -> None:
+    tokenizer = _tokenizer()
+    plain = _model(tokenizer)
+    assert plain.cold_items is None and not any("cold" in name for name in plain.state_dict())
+    model = _model(tokenizer, inductive_dense_head=True, dense_similarity="cosine")
+    counts = np.ones(ITEMS, int)
+    counts[[2, 30]] = 0
+    assert model.prepare_training(counts) == []
+    assert not model.model.item_embedding.weight[[2, 30]].any()
+    history, target = [3, 7, 1], 12
+    batch = _batch(tokenizer, [[*history, target]])
+    labels = _labels(batch)
+    labels[:, :-3] = -100
+    dense = model.score_dense(model.start_decoding(**_batch(tokenizer, [history])))[0]
+    expected = (dense[torch.tensor(counts > 0)].logsumexp(0) - dense[target]).item()
+    assert model(**batch, labels=labels).dense_loss.item() == pytest.approx(expected, abs=1e-5)
+    # the free vectors of items outside the history change nothing
+    model.model.item_embedding.weight.data[[target, 20]] += 1.0
+    moved = model.score_dense(model.start_decoding(**_batch(tokenizer, [history])))[0]
+    assert torch.equal(moved, dense)
+    model.save_pretrained(tmp_path)
+    again = RQTransformerForCausalLM.from_pretrained(tmp_path)
+    assert again.cold_items.nonzero().flatten().tolist() == [2, 30]
+
+
 def test_timeline_length_is_the_number_of_items() -> None:
     tokenizer = _tokenizer()
     model = _model(tokenizer)

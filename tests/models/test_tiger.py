@@ -231,6 +231,42 @@ def test_score_codes_equals_the_stock_forward(attention, restrict_to_level):
             model.score_codes(state, codes[None, :, :2].expand(4, -1, -1), 1)
 
 
+@pytest.mark.parametrize("restrict_to_level", [True, False])
+@pytest.mark.parametrize("proj", ["relu", "gated-gelu"])
+@torch.no_grad()
+def test_beams_that_move_score_as_score_codes(restrict_to_level, proj):
+    model = small_model(restrict_to_level=restrict_to_level, feed_forward_proj=proj)
+    state, generator = model.start_decoding(**batch_of()), torch.Generator().manual_seed(0)
+    again = model.start_from_encoder(model.encoder(**batch_of()).last_hidden_state, batch_of()["attention_mask"])
+    for widths in [(1, 1), (9, 4), (3, 50)]:
+        searches, prefix = [model.start_beams(state), model.start_beams(again)], torch.zeros(4, 1, 0, dtype=torch.long)
+        for level, size in enumerate(SIZES):
+            expected = model.score_codes(state, prefix, level)
+            for beams in searches:
+                assert torch.allclose(beams.score(level).log_probs(), expected, atol=1e-5)
+            if level + 1 == len(SIZES):
+                break
+            parents = torch.randint(prefix.shape[1], (4, widths[level]), generator=generator)
+            codes = torch.randint(size, (4, widths[level]), generator=generator)
+            for beams in searches:
+                beams.reorder(parents, codes, level)
+            kept = prefix.gather(1, parents[..., None].expand(-1, -1, level))
+            prefix = torch.cat([kept, codes[..., None]], dim=-1)
+
+
+def test_beams_see_an_optimizer_step():
+    model = small_model()
+    prefix = torch.zeros(4, 1, 0, dtype=torch.long)
+    score = lambda: model.start_beams(model.start_decoding(**batch_of())).score(0).log_probs()
+    with torch.no_grad():
+        before = score()
+    model(**batch_of(), labels=targets_of([0, 1, 2, 3])).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    with torch.no_grad():
+        after, expected = score(), model.score_codes(model.start_decoding(**batch_of()), prefix, 0)
+    assert torch.allclose(after, expected, atol=1e-5) and not torch.allclose(after, before, atol=1e-2)
+
+
 def test_encoder_and_cross_projections_run_once_per_user():
     model = small_model()
     rows = []

@@ -123,10 +123,19 @@ _SMALL_TIGER = {
     "model.num_heads": 2, "model.dropout_rate": 0.0, "training.max_steps": 1500, "per_device_train_batch_size": 64,
     "learning_rate": 3e-3, "warmup_steps": 50, "lr_scheduler_type": "cosine", "num_user_tokens": 0,
 }  # fmt: skip
+_NO_TEXT = {
+    "features.text": None, "features.cooccurrence.dim": 16, "identifiers.features": ["cooccurrence"],
+}  # fmt: skip
 _OTHERS = {
     "sasrec": {"num_train_epochs": 20},
     "tiger": _SMALL_TIGER | {"identifiers.max_steps": 300, "latent_size": 8, "hidden_sizes": [16]},
     "tiger_rkmeans": _SMALL_TIGER,
+    "d3": {"num_train_epochs": 30, "vocab_size": 400, "eval_strategy": "no"},
+    "transrec": {"num_train_epochs": 30, "vocab_size": 400, "model.facets": ["id"], "eval_strategy": "no"},
+    "rpg": _NO_TEXT
+    | {"num_codebooks": 4, "codebook_size": 16, "pca_dim": None, "whiten": False, "num_train_epochs": 40},
+    "llada_rec": _NO_TEXT | {"codebook_sizes": [8, 8, 8], "model.dropout": 0.0, "num_train_epochs": 60},
+    "specgr": _NO_TEXT | {"codebook_sizes": [8, 8], "model.features": ["cooccurrence"], "num_train_epochs": 30},
 }
 
 
@@ -136,5 +145,6 @@ def test_other_recipes_reach_hit_at_1_too(tmp_path, name) -> None:
     log = _write_log(tmp_path)
     options = {"max_history": 12, "logging_steps": 1000, "eval_epochs": 10} | _OTHERS[name]
     recipe = resolve_recipe(name, options)
-    trained = train_recipe(recipe, log, tmp_path / "model", baselines=["popularity"], progress=False)
+    items = tmp_path / "items.csv" if recipe.needs_text() else None
+    trained = train_recipe(recipe, log, tmp_path / "model", items=items, baselines=["popularity"], progress=False)
     assert trained.metrics["test"]["recall@1"] == 1.0

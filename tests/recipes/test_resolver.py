@@ -94,3 +94,14 @@ def test_own_recipe_file_and_its_errors(tmp_path) -> None:
     path.write_text("model: !!python/object:os.system {}\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="not valid YAML"):
         resolve_recipe(str(path))
+
+
+def test_searches_are_checked() -> None:
+    recipe = resolve_recipe("tandem", {"decoding": "sample", "generation.decoding_options": {"seed": 1}})
+    assert recipe.generation["decoding"] == "sample"
+    with pytest.raises(RecipeError, match=r"generation.decoding: unknown choice 'samples': did you mean 'sample'"):
+        resolve_recipe("tandem", {"decoding": "samples"})
+    with pytest.raises(RecipeError, match=r"decoding_options.sede: did you mean 'seed'"):
+        resolve_recipe("tandem", {"decoding": "sample", "generation.decoding_options": {"sede": 1}})
+    with pytest.raises(IncompatibleComponentsError, match="needs a model with score_digits, which TigerFor"):
+        resolve_recipe("tiger", {"decoding": "parallel"})

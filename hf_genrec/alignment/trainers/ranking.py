@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from hf_genrec.data.collators import IGNORED, last_tokens
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.evaluation.metrics import ndcg_values, recall_values
 
@@ -79,22 +80,21 @@ class RankingCollator:
             # as long as the longest training window: what the model reads, then the target
             rows = [np.append(row, target) for row, target in zip(histories, targets_B)]
             loss_inputs = self._encode(rows, users, self.max_history and self.max_history + 1)
-            loss_inputs["labels"] = self._last_item_labels(loss_inputs)
+            loss_inputs["labels"] = last_tokens(
+                loss_inputs["input_ids"],
+                loss_inputs["attention_mask"],
+                (self.tokenizer.item_token_table[targets_B] >= 0).sum(axis=1),
+                skip=int(self.tokenizer.history_eos),
+            )
         else:
-            loss_inputs = {**inputs, "labels": torch.as_tensor(self.tokenizer.item_token_table[targets_B])}
+            table_BL = self.tokenizer.item_token_table[targets_B]
+            loss_inputs = {**inputs, "labels": torch.as_tensor(np.where(table_BL < 0, IGNORED, table_BL))}
         return {
             **inputs,
             "loss_inputs": loss_inputs,
             "targets": torch.as_tensor(targets_B),
             "seen": [np.unique(row) for row in histories] if self.exclude_seen else None,
         }
-
-    def _last_item_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Labels (B, S): the tokens of each row's last item, -100 elsewhere (padding, other tokens, older items)."""
-        table = self.tokenizer.item_token_table
-        is_item_BS = (inputs["input_ids"] >= int(table.min())) & inputs["attention_mask"].bool()
-        from_end_BS = is_item_BS.flip(1).cumsum(1).flip(1)
-        return torch.where(is_item_BS & (from_end_BS <= table.shape[1]), inputs["input_ids"], -100)
 
     def _encode(
         self, rows: list[np.ndarray], users: list[str] | None, max_items: int | None

@@ -154,7 +154,7 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
         training_collator = self.data_collator
         self.data_collator = RankingCollator(
             self.processing_class,
-            sequence_model=not getattr(self.model.config, "is_encoder_decoder", False),
+            sequence_model=not _trains_on_prefixes(self.model),
             max_history=self.args.max_history,
             user_ids=self._user_ids,
             exclude_seen=self.args.eval_exclude_seen,
@@ -294,6 +294,12 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
         return 0
 
 
+def _trains_on_prefixes(model: Any) -> bool:
+    """One (history, target) pair per sample, or windows of which every item is a target?"""
+    config = model.config
+    return bool(getattr(config, "is_encoder_decoder", False) or getattr(config, "prefix_training", False))
+
+
 def _as_dataset(evaluation: Any, args: RecommenderTrainingArguments) -> Any:
     if isinstance(evaluation, EvaluationSet):
         return RankingDataset(evaluation, max_users=args.eval_users, seed=args.seed)
@@ -341,8 +347,10 @@ def train_recommender(
 ) -> TrainingResult:
     """Train any of the library's models on a split and leave the best state in `model`.
 
-    Encoder-decoder models get one sample per prefix (`PrefixDataset`), the others windows of which every position is
-    trained (`WindowDataset`), both of `args.max_history` items.
+    Encoder-decoder models and those whose configuration says `prefix_training` get one sample per prefix
+    (`PrefixDataset`), the others windows of which every position is
+    trained (`WindowDataset`), both of `args.max_history` items. A model with `prepare_training(train_counts_N)` is told
+    how often each item occurs in training, and may return callbacks.
 
     Args:
         model, tokenizer: Of the same catalogue.
@@ -367,7 +375,7 @@ def train_recommender(
             f"{args.output_dir} holds checkpoints of an earlier run ({old[-1].name}), which a resume would mix up with "
             "this one: set resume_from_checkpoint to true to go on, or remove them, or choose another output_dir."
         )
-    prefixes = getattr(model.config, "is_encoder_decoder", False)
+    prefixes = _trains_on_prefixes(model)
     longest = getattr(model.config, "max_position_embeddings", None)
     if not prefixes and longest is not None and longest < args.max_history:
         raise IncompatibleComponentsError(
@@ -382,7 +390,7 @@ def train_recommender(
     config = getattr(model, "recommendation_config", None)
     if config is not None and config.max_history is None:  # serve what was trained
         model.recommendation_config = config.merged(max_history=args.max_history)
-    user_ids = user_ids if prefixes and getattr(tokenizer, "num_user_tokens", 0) else None
+    user_ids = user_ids if prefixes and getattr(tokenizer, "num_user_tokens", None) else None
     if train_dataset is None and prefixes:
         train_dataset = PrefixDataset(
             split.train,
@@ -395,6 +403,10 @@ def train_recommender(
         train_dataset = WindowDataset(split.train, args.max_history, seed=args.seed)
     if data_collator is None:
         data_collator = PrefixCollator(tokenizer) if prefixes else SequenceCollator(tokenizer)
+    prepare = getattr(model, "prepare_training", None)
+    if prepare is not None:  # the model hears what it will be trained on, and may bring callbacks of its own
+        counts_N = np.bincount(split.train.items, minlength=tokenizer.num_items)
+        trainer_options["callbacks"] = [*(trainer_options.get("callbacks") or []), *prepare(counts_N)]
     trainer_options.setdefault("eval_dataset", None if args.eval_strategy == "no" else split.validation)
     trainer = RecommenderTrainer(
         model=model,

@@ -43,6 +43,9 @@ class _WithoutLeaves:
         left = end - start if self.base is None else self.base.count_alive(start, end)
         return (left - self.taken.count_alive(start, end) > 0).reshape(shape)
 
+    def alive_children(self, level: int, nodes_BK: torch.Tensor, legal_BKW: torch.Tensor) -> torch.Tensor:
+        return legal_BKW & self.alive(level + 1, self.trie.expand(level, nodes_BK)[1])
+
 
 def diverse_beam(
     decoder: Any,

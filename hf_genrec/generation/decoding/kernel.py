@@ -97,7 +97,7 @@ def score_children(
     codes, children, legal = trie.expand(level, nodes_BK)
     legal &= (scores_BK > -torch.inf).unsqueeze(-1)
     if item_filter is not None:
-        legal &= item_filter.alive(level + 1, children)
+        legal = item_filter.alive_children(level, nodes_BK, legal)
     step = child_log_probs(code_scores, codes, legal, renormalize, size if trie.has_ends else None)
     if adjust is not None:
         step = adjust(level, nodes_BK, children, codes, legal, step).masked_fill(~legal, -torch.inf)

@@ -23,6 +23,9 @@ class RQTransformerConfig(PreTrainedConfig):
         dense_head: train a catalogue-wide head beside the codes (2411.18814) whose scores can be fused at inference.
         dense_similarity: "dot" with the vectors the timeline reads, or "cosine" with own item vectors (2411.18814).
         dense_loss_weight: weight of its cross-entropy; the code loss has weight 1.
+        inductive_dense_head: the dense head knows an item by its codes and features alone (no bias, no free vector), and
+            items that training never sees are left out of its cross-entropy, so that it does not learn to turn them
+            down (2411.18814). It can then draft new items (decoding "speculative", 2410.02939).
         learn_repeat_weight: learn how much more or less likely an item is because the user had it already.
         feature_dropout: on the projected features (2411.18814 drops half of them).
         norm_first: normalise before attention and feed-forward instead of after them.
@@ -51,6 +54,7 @@ class RQTransformerConfig(PreTrainedConfig):
     dense_head: bool = True
     dense_similarity: str = "dot"
     dense_loss_weight: float | int = 1.0
+    inductive_dense_head: bool = False
     learn_repeat_weight: bool = True
     norm_first: bool = False
     dropout: float | int = 0.2

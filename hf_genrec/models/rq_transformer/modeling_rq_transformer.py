@@ -66,6 +66,7 @@ class RQTransformerPreTrainedModel(PreTrainedModel):
             init.normal_(module.start, std=size)
             init.zeros_(module.item_codes)
             init.zeros_(module.item_features)
+            init.zeros_(module.cold_items)
             if module.item_embedding is not None:
                 init.normal_(module.item_embedding.weight, std=size)
             if module.feature_projection is not None:
@@ -77,7 +78,8 @@ class RQTransformerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.code_head.bias)
             init.zeros_(module.repeat_weight)
         elif isinstance(module, DenseHead):
-            init.zeros_(module.item_bias)
+            if module.item_bias is not None:
+                init.zeros_(module.item_bias)
             if module.log_scale is not None:
                 init.constant_(module.log_scale, 2.3)
             init.zeros_(module.repeat_weight)
@@ -108,6 +110,8 @@ class RQTransformerModel(RQTransformerPreTrainedModel):
         # the catalogue travels with the weights: codes to find an item's row, features as fixed inputs
         self.register_buffer("item_codes", torch.zeros(config.num_items, config.num_levels, dtype=torch.int32))
         self.register_buffer("item_features", torch.zeros(config.num_items, config.item_feature_dim))
+        cold = torch.zeros(config.num_items, dtype=torch.bool)
+        self.register_buffer("cold_items", cold, persistent=config.inductive_dense_head)
         self._tables: tuple[ItemTrie, Tensor, Tensor] | None = None
         self.gradient_checkpointing = False
         self.post_init()
@@ -267,6 +271,21 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
         """See [`RQTransformerModel.set_catalogue`]."""
         self.model.set_catalogue(item_codes, item_features)
 
+    @property
+    def cold_items(self) -> Tensor | None:
+        """Items (N,) that training never saw, where the model keeps account of them (`inductive_dense_head`)."""
+        return self.model.cold_items if self.config.inductive_dense_head else None
+
+    @torch.no_grad()
+    def prepare_training(self, train_counts_N: Any) -> list[Any]:
+        """Called by `train_recommender`: notes which items never occur in training and takes their free vectors away."""
+        if self.config.inductive_dense_head:
+            cold_N = torch.as_tensor(np.asarray(train_counts_N) == 0)
+            self.model.cold_items.copy_(cold_N)
+            if self.model.item_embedding is not None:
+                self.model.item_embedding.weight[self.model.cold_items] = 0.0
+        return []
+
     # -- shared pieces --------------------------------------------------------------------------------------------
 
     def _codes(self, ids_BTL: Tensor, mask_BT: Tensor) -> Tensor:
@@ -379,7 +398,7 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
             vectors = vectors + self.dense.feature_projection(self.model.item_features)
         elif self.model.feature_projection is not None:
             vectors = vectors + self.model.projected_features()
-        if self.model.item_embedding is not None:
+        if self.model.item_embedding is not None and not self.config.inductive_dense_head:
             vectors = vectors + self.model.item_embedding.weight
         return vectors
 
@@ -392,6 +411,9 @@ class RQTransformerForCausalLM(RecommendationMixin, RQTransformerPreTrainedModel
             rows_PT = rows_BT[batch_P].clamp(min=0)
             logits = logits.scatter_add(1, rows_PT, earlier_PT * (REPEAT_GAIN * self.dense.repeat_weight))
         target = rows_BT[batch_P, position_P]
+        if self.config.inductive_dense_head:
+            out_PN = self.model.cold_items.expand_as(logits).scatter(1, target.clamp(min=0).unsqueeze(1), False)
+            logits = logits.masked_fill(out_PN, -torch.inf)
         return F.cross_entropy(logits.float(), target.where(target >= 0, torch.tensor(-100)), reduction="none")
 
     def _token_logits(self, input_ids: Tensor, attention_mask: Tensor | None, keep: int) -> Tensor:
