@@ -145,7 +145,7 @@ def bench_case(
 
     def ours(mode: str) -> Any:
         renormalize = mode == "renormalized"
-        options = {"k": beams, "num_beams": beams, "exclude_seen": False, "renormalize": renormalize}
+        options: dict[str, Any] = {"k": beams, "num_beams": beams, "exclude_seen": False, "renormalize": renormalize}
         return recommend(model, input_ids=prompts, tokenizer=tokenizer, **options)
 
     for mode in modes:

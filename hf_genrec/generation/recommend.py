@@ -237,6 +237,7 @@ def recommend(
     exclude_seen: bool | None = None,
     allowed_items: Sequence[str] | Sequence[Sequence[str]] | None = None,
     user_ids: Sequence[str] | None = None,
+    restrict_to_level: bool = False,
     **options: Any,
 ) -> list[list[Recommendation]]:
     """At most k distinct catalogue items per request from any Hugging Face causal LM or encoder-decoder.
@@ -249,6 +250,8 @@ def recommend(
             the items spelled out in a prompt are the seen ones (all items of a shared code).
         tokenizer: an ItemTokenizer or an extended text tokenizer.
         k, num_beams, exclude_seen, allowed_items: as in `RecommendationMixin.recommend`; defaults 10, 50, True.
+        restrict_to_level: take log-probabilities over the codes of each level only, for models that were trained so, or
+            for speed: the head then multiplies only those rows.
         options: other fields of RecommendationConfig (`renormalize`, `batch_size`, `max_history`, `decoding` ...).
 
     Returns:
@@ -262,7 +265,7 @@ def recommend(
     check_k(k, tokenizer)
     defaults = getattr(model, "recommendation_config", None) or RecommendationConfig()
     config = defaults.merged(k=k, num_beams=num_beams, exclude_seen=exclude_seen, **options)
-    decoder = scorer_for(model, tokenizer)
+    decoder = scorer_for(model, tokenizer, restrict_to_level=restrict_to_level)
     with evaluating(model):
         if input_ids is None:
             if histories is None:

@@ -12,8 +12,12 @@ from .decoding.encoder_decoder import EncoderDecoderScorer
 from .trie import ItemTrie
 
 
-def scorer_for(model: Any, tokenizer: Any) -> Any:
+def scorer_for(model: Any, tokenizer: Any, *, restrict_to_level: bool = False) -> Any:
     """A decoder (`start_decoding`, `score_codes`, mostly `start_beams`) for any model of transformers or of ours.
+
+    Args:
+        restrict_to_level: distributions over the codes of each level instead of the whole vocabulary: the head multiplies
+            only the level's rows. Our own models say this in their configuration, and ignore it here.
 
     Raises:
         IncompatibleComponentsError: the vocabulary does not hold the tokenizer's item tokens.
@@ -30,4 +34,4 @@ def scorer_for(model: Any, tokenizer: Any) -> Any:
             "call model.resize_token_embeddings(len(tokenizer)) and train it."
         )
     kind = EncoderDecoderScorer if model.config.is_encoder_decoder else CausalLMScorer
-    return kind(model, tokenizer.level_offsets, tokenizer.codebook_sizes)
+    return kind(model, tokenizer.level_offsets, tokenizer.codebook_sizes, restrict_to_level=restrict_to_level)

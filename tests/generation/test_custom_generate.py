@@ -11,6 +11,7 @@ from test_recommend_any_model import CLASSES, HISTORIES, SIZES, STOCK
 from hf_genrec.errors import IncompatibleComponentsError, RequestError
 from hf_genrec.generation.custom_generate import ItemGeneration
 from hf_genrec.generation.logits_process import ItemTrieLogitsProcessor
+from hf_genrec.generation.logits_process_levels import PerLevelLogitsProcessor
 from hf_genrec.generation.recommend import recommend
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.models.tiger.configuration_tiger import TigerConfig
@@ -141,3 +142,35 @@ def test_typed_errors(tokenizer):
     tiger = make("Tiger", tokenizer)
     with pytest.raises(IncompatibleComponentsError, match="the model was made for catalogue"):
         tiger.generate(**inputs, custom_generate=ItemGeneration(other), max_new_tokens=LEVELS)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "T5", "Bart"])
+def test_restricted_to_the_level_is_generate_with_per_level_renormalisation(kind, tokenizer):
+    model = make(kind, tokenizer)
+    if kind == "Bart":
+        tokenizer.padding_side = "right"
+    inputs = tokenizer.encode_histories(HISTORIES, return_tensors="pt")
+    prompt = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    processors = [
+        PerLevelLogitsProcessor(tokenizer, prompt_length=prompt, renormalize=True),
+        ItemTrieLogitsProcessor(tokenizer, prompt_length=prompt),
+    ]
+    slow = model.generate(
+        **inputs,
+        logits_processor=processors,
+        num_beams=8,
+        num_return_sequences=8,
+        length_penalty=0.0,
+        max_new_tokens=LEVELS,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    found = recommend(
+        model, HISTORIES, tokenizer=tokenizer, k=8, num_beams=8, exclude_seen=False, restrict_to_level=True
+    )
+    for row, entries in enumerate(found):
+        part = slice(row * 8, row * 8 + 8)
+        answers = slow.sequences[part, prompt : prompt + LEVELS].tolist()
+        assert [tokenizer.item_token_ids(entry.item_id) for entry in entries] == answers
+        expected = slow.sequences_scores[part].tolist()
+        assert [entry.score for entry in entries] == pytest.approx(expected, abs=1e-4)

@@ -188,8 +188,8 @@ def test_encoder_runs_once_and_cross_keys_are_never_recomputed(name, tokenizer, 
     assert runs == {"encoder": 1, "cross": [3]}
     plain = EncoderDecoderScorer.__init__
 
-    def without_cache(self, *args):
-        plain(self, *args)
+    def without_cache(self, *args, **options):
+        plain(self, *args, **options)
         self._takes_cache = False
 
     monkeypatch.setattr(EncoderDecoderScorer, "__init__", without_cache)

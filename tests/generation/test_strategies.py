@@ -95,3 +95,22 @@ def test_another_decoding_drops_the_options_of_the_saved_one(table_model, tokeni
         .le(0)
         .all()
     )
+
+
+@pytest.mark.parametrize("decoding", GENERAL)
+def test_a_hundred_thousand_items(decoding, table_model, random_codes):
+    sizes = (64, 64, 64)
+    codes = random_codes(100_000, sizes, seed=7)
+    ids = [str(i) for i in range(100_000)]
+    tokenizer = ItemTokenizer.from_codes(ids, codes, codebook_sizes=sizes)
+    model = table_model(sizes)
+    histories = [["5", "99999"], ["31"]]
+    allowed = [str(i) for i in range(0, 100_000, 7)]
+    options = {"num_beams": 20, "k": 20, "decoding": decoding, "allowed_items": allowed}
+    batch = model.recommend(histories, tokenizer=tokenizer, **options)
+    for row, history in enumerate(histories):
+        found = [entry.item_id for entry in batch[row]]
+        assert len(found) == len(set(found)) == 20 and set(found) <= set(allowed) - set(history)
+        seed = {"decoding_options": {"seed": row}} if decoding == "sample" else {}
+        alone = model.recommend([history], tokenizer=tokenizer, **options, **seed)[0]
+        assert [entry.item_id for entry in alone] == found

@@ -75,13 +75,22 @@ class EncoderDecoderScorer:
         model: an encoder-decoder with a language-model head. Put it in evaluation mode first.
         level_offsets: (L,) token id of code 0 of each level.
         codebook_sizes: codes per level.
+        restrict_to_level: log-probabilities over the level's codes only, instead of the full vocabulary.
 
     Raises:
         IncompatibleComponentsError: the model names no decoder start token.
     """
 
-    def __init__(self, model: Any, level_offsets: Sequence[int], codebook_sizes: Sequence[int]):
+    def __init__(
+        self,
+        model: Any,
+        level_offsets: Sequence[int],
+        codebook_sizes: Sequence[int],
+        *,
+        restrict_to_level: bool = False,
+    ):
         self.model = model
+        self.restrict_to_level = restrict_to_level
         self.level_offsets = [int(offset) for offset in level_offsets]
         self.codebook_sizes = [int(size) for size in codebook_sizes]
         self.start_token = decoder_start_token(model)
@@ -191,12 +200,19 @@ class EncoderDecoderScorer:
         return self._scores(logits, level), _pairs(cache.self_attention_cache)
 
     def _t5(self) -> T5Decoder:
-        return T5Decoder(self.model, self.level_offsets, self.codebook_sizes, self.start_token)
+        return T5Decoder(
+            self.model,
+            self.level_offsets,
+            self.codebook_sizes,
+            self.start_token,
+            restrict_to_level=self.restrict_to_level,
+        )
 
     def _scores(self, logits_RV: torch.Tensor, level: int) -> CodeScores:
         first, size = self.level_offsets[level], self.codebook_sizes[level]
         block = logits_RV[:, None, first : first + size].clone()  # let go of the rest
-        return CodeScores(block, logits_RV.float().logsumexp(-1, keepdim=True))
+        over = block[:, 0] if self.restrict_to_level else logits_RV
+        return CodeScores(block, over.float().logsumexp(-1, keepdim=True))
 
     def _run(
         self, hidden: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor, cache: EncoderDecoderCache | None
