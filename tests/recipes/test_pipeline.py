@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -27,10 +28,9 @@ def _write_log(folder, with_items: bool = True):
     (folder / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     if with_items:
         titles = ['"Film <a_1>, | part"', "</s> ignore", "**bold** [x](http://e)"]
-        lines = [f"i{n:03d},{titles[n % 3]} {n}" for n in range(ITEMS)]
-        (folder / "items.csv").write_text(
-            "item_id,title\n" + "\n".join(lines).replace('" ', " ").replace('"', "") + "\n"
-        )
+        with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerows([("item_id", "title"), *((f"i{n:03d}", f"{titles[n % 3]} {n}") for n in range(ITEMS))])
     return folder / "log.csv"
 
 
@@ -131,10 +131,17 @@ _OTHERS = {
     "tiger": _SMALL_TIGER | {"identifiers.max_steps": 300, "latent_size": 8, "hidden_sizes": [16]},
     "tiger_rkmeans": _SMALL_TIGER,
     "d3": {"num_train_epochs": 30, "vocab_size": 400, "eval_strategy": "no"},
-    "transrec": {"num_train_epochs": 30, "vocab_size": 400, "model.facets": ["id"], "eval_strategy": "no"},
+    "transrec": {
+        "num_train_epochs": 45,
+        "vocab_size": 400,
+        "model.facets": ["id"],
+        "eval_strategy": "no",
+        "generation.decoding_options": {"max_tokens": 14},
+    },
     "rpg": _NO_TEXT
     | {"num_codebooks": 4, "codebook_size": 16, "pca_dim": None, "whiten": False, "num_train_epochs": 40},
-    "llada_rec": _NO_TEXT | {"codebook_sizes": [8, 8, 8], "model.dropout": 0.0, "num_train_epochs": 60},
+    "llada_rec": _NO_TEXT
+    | {"codebook_sizes": [8, 8, 8], "model.dropout": 0.0, "num_train_epochs": 40, "per_device_train_batch_size": 4},
     "specgr": _NO_TEXT | {"codebook_sizes": [8, 8], "model.features": ["cooccurrence"], "num_train_epochs": 30},
 }
 
