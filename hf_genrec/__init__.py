@@ -22,6 +22,11 @@ _PUBLIC = {
     "ProductQuantizer": "hf_genrec.identifiers.quantizers.product",
     "RQVAEConfig": "hf_genrec.identifiers.quantizers.configuration_rq_vae",
     "RQVAEModel": "hf_genrec.identifiers.quantizers.rq_vae",
+    "FSQConfig": "hf_genrec.identifiers.quantizers.configuration_fsq",
+    "FSQModel": "hf_genrec.identifiers.quantizers.fsq",
+    "TreeIndexer": "hf_genrec.identifiers.quantizers.tree",
+    "SpectralIndexer": "hf_genrec.identifiers.quantizers.spectral",
+    "ActionPieceTokenizer": "hf_genrec.identifiers.tokenization_action_piece",
     "MultiHeadVQConfig": "hf_genrec.identifiers.quantizers.configuration_multi_head_vq",
     "MultiHeadVQModel": "hf_genrec.identifiers.quantizers.multi_head_vq",
     "TigerConfig": "hf_genrec.models.tiger.configuration_tiger",
@@ -63,6 +68,10 @@ _PUBLIC = {
     "recommend": "hf_genrec.generation.recommend",
     "RecommenderTrainer": "hf_genrec.alignment.trainers.recommender",
     "RecommenderTrainingArguments": "hf_genrec.alignment.trainers.arguments",
+    "SoftmaxDPOConfig": "hf_genrec.alignment.trainers.softmax_dpo",
+    "SoftmaxDPOTrainer": "hf_genrec.alignment.trainers.softmax_dpo",
+    "Seq2SeqPreferenceConfig": "hf_genrec.alignment.trainers.seq2seq_preference",
+    "Seq2SeqPreferenceTrainer": "hf_genrec.alignment.trainers.seq2seq_preference",
     "train_recommender": "hf_genrec.alignment.trainers.recommender",
     "load_data": "hf_genrec.data.interactions",
     "make_split": "hf_genrec.data.splits",
@@ -96,8 +105,10 @@ def __dir__() -> list[str]:
 def _register() -> None:
     from transformers import AutoConfig, AutoModel
 
+    from hf_genrec.identifiers.quantizers.configuration_fsq import FSQConfig
     from hf_genrec.identifiers.quantizers.configuration_multi_head_vq import MultiHeadVQConfig
     from hf_genrec.identifiers.quantizers.configuration_rq_vae import RQVAEConfig
+    from hf_genrec.identifiers.quantizers.fsq import FSQModel
     from hf_genrec.identifiers.quantizers.multi_head_vq import MultiHeadVQModel
     from hf_genrec.identifiers.quantizers.rq_vae import RQVAEModel
     from hf_genrec.identifiers.tokenization_item import register
@@ -105,10 +116,9 @@ def _register() -> None:
 
     register()
     register_auto_classes()
-    AutoConfig.register(RQVAEConfig.model_type, RQVAEConfig, exist_ok=True)
-    AutoModel.register(RQVAEConfig, RQVAEModel, exist_ok=True)
-    AutoConfig.register(MultiHeadVQConfig.model_type, MultiHeadVQConfig, exist_ok=True)
-    AutoModel.register(MultiHeadVQConfig, MultiHeadVQModel, exist_ok=True)
+    for config, model in ((RQVAEConfig, RQVAEModel), (MultiHeadVQConfig, MultiHeadVQModel), (FSQConfig, FSQModel)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
 
 
 _register()

@@ -13,6 +13,7 @@ import functools
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from .tokenization_action_piece import ActionPieceTokenizer
 from .tokenization_item import ItemTokenizer
 from .tokenization_item_text import ItemTextTokenizer
 from .tokenization_item_words import ItemWordsTokenizer
@@ -21,6 +22,7 @@ CLASSES = {
     "ItemTokenizer": ItemTokenizer,
     "ItemTextTokenizer": ItemTextTokenizer,
     "ItemWordsTokenizer": ItemWordsTokenizer,
+    "ActionPieceTokenizer": ActionPieceTokenizer,
 }
 # arguments by which a caller asks for something else than the class named in the folder
 _OTHER_WAYS = ("tokenizer_type", "gguf_file", "mistral_format")
@@ -46,11 +48,18 @@ class ItemWordsTokenizerConfig(PreTrainedConfig):
     model_type = "hf_genrec_item_words_tokenizer"
 
 
+class ActionPieceTokenizerConfig(PreTrainedConfig):
+    """Placeholder that lets `AutoTokenizer` know the class by name; no model uses it."""
+
+    model_type = "hf_genrec_action_piece_tokenizer"
+
+
 def register() -> None:
     """Make `AutoTokenizer` load what our tokenizers save, whatever model lies beside. Again: no effect."""
     AutoTokenizer.register(ItemTokenizerConfig, tokenizer_class=ItemTokenizer, exist_ok=True)
     AutoTokenizer.register(ItemTextTokenizerConfig, tokenizer_class=ItemTextTokenizer, exist_ok=True)
     AutoTokenizer.register(ItemWordsTokenizerConfig, tokenizer_class=ItemWordsTokenizer, exist_ok=True)
+    AutoTokenizer.register(ActionPieceTokenizerConfig, tokenizer_class=ActionPieceTokenizer, exist_ok=True)
     usual = vars(AutoTokenizer)["from_pretrained"].__func__
     if not hasattr(usual, "_looks_for_catalogues"):
         setattr(AutoTokenizer, "from_pretrained", classmethod(_looking_for_catalogues(usual)))  # noqa: B010 (typed method)

@@ -28,8 +28,9 @@ class RQVAEModel(VQAutoencoder):
     evaluation mode and without gradients; they survive `save_pretrained` / `from_pretrained` exactly.
 
     Relations: with a frozen identity encoder and `ema_decay=0` on full batches each step is a k-means step, so it
-    generalises `ResidualKMeans`. `codebook_update="gradient"` is the paper's form, `"ema"` the steadier one. One level is
-    `MultiHeadVQModel` with one head.
+    generalises `ResidualKMeans`. `codebook_update="gradient"` is the paper's form, `"ema"` the steadier one; `"simvq"`
+    with its map held at the identity is `"gradient"` with codes that stay. Soft assignments are `"nearest"` at temperature
+    0. `random_prefix=0`, or prefixes of all L codes, is the plain model. One level is `MultiHeadVQModel` with one head.
 
     Example:
         >>> import torch
@@ -56,6 +57,18 @@ class RQVAEModel(VQAutoencoder):
     def _join(self, chosen: list[Tensor]) -> Tensor:
         return reduce(torch.add, chosen)
 
+    def _prefix_lengths(self, given_B: Tensor | None, batch: int) -> Tensor | None:
+        levels = self.config.num_levels
+        if given_B is not None:
+            if given_B.shape != (batch,) or bool(((given_B < 1) | (given_B > levels)).any()):
+                raise IncompatibleComponentsError(f"prefix_lengths must be ({batch},) with values in 1..{levels}")
+            return given_B
+        if not self.training or self.config.random_prefix == 0:
+            return None
+        drawn_B = torch.randint(1, levels + 1, (batch,), device=self.device)
+        whole_B = torch.rand(batch, device=self.device) >= self.config.random_prefix
+        return drawn_B.masked_fill(whole_B, levels)
+
     @torch.no_grad()
     def decode(self, codes_NL: Tensor | np.ndarray) -> Tensor:
         """Features (N, E) that codes (N, l <= L) stand for, in the units of the input.
@@ -64,6 +77,8 @@ class RQVAEModel(VQAutoencoder):
             IncompatibleComponentsError: more codes than levels, or none.
         """
         codes_NL = torch.as_tensor(codes_NL, device=self.device).long()
-        if codes_NL.dim() != 2 or not 1 <= codes_NL.shape[1] <= len(self.levels):
-            raise IncompatibleComponentsError(f"codes must be (N, 1..{len(self.levels)}), got {tuple(codes_NL.shape)}")
+        if codes_NL.dim() != 2 or not 1 <= codes_NL.shape[1] <= self.config.num_levels:
+            raise IncompatibleComponentsError(
+                f"codes must be (N, 1..{self.config.num_levels}), got {tuple(codes_NL.shape)}"
+            )
         return self._decode_latents(codes_NL)

@@ -1,4 +1,4 @@
-"""Vector-quantized autoencoders of item features: scaler, codebook with its update rule, and the model around them.
+"""Vector-quantized autoencoders of item features: the scaler and the model around the codebooks of `codebook_level`.
 
 Shape suffixes: N items, B items of a batch, E feature dimensions, Q latent dimensions, P dimensions of a codebook, L
 levels (codes per item), C codes of a level.
@@ -6,7 +6,8 @@ levels (codes per item), C codes of a level.
     features_BE -> standardise -> encoder -> latents_BQ -> L codes -> their vectors_BQ -> decoder -> reconstruction_BE
 
 A subclass says what each codebook quantizes (`_level_input`) and how the code vectors form a latent (`_join`): residuals
-that add up (RQ-VAE) or sub-vectors side by side (multi-head VQ). Gradients pass the codes straight through.
+that add up (RQ-VAE) or sub-vectors side by side (multi-head VQ). Gradients pass the codes straight through, by rotation,
+or through soft weights, as the configuration says.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from ...errors import IncompatibleComponentsError, TrainingError
+from .assignment import GRADIENT_PATHS, code_distances, sinkhorn_codes
+from .codebook_level import LEVELS, QuantizerLevel
 from .configuration_vq import VQConfig
-from .kmeans import chunks, kmeans, nearest
+from .kmeans import chunks, kmeans
 
 Self = TypeVar("Self", bound="VQAutoencoder")
 
@@ -40,6 +43,9 @@ class VQOutput(ModelOutput):
         quantization_loss: sum over levels of the (codebook and) weighted commitment terms, divided by E. Both losses
             are thus sums over dimensions divided by E, in the proportion of the RQ-VAE paper.
         latents: (B, Q) encoder outputs before quantization.
+        quantized: (B, Q) what the codes of all levels stand for; gradients pass into the encoder.
+        code_vectors: L tensors (B, P), the chosen codes; gradients pass into trained codebooks, not into the encoder
+            (unless the assignment is soft).
     """
 
     loss: Tensor | None = None
@@ -48,6 +54,8 @@ class VQOutput(ModelOutput):
     reconstruction_loss: Tensor | None = None
     quantization_loss: Tensor | None = None
     latents: Tensor | None = None
+    quantized: Tensor | None = None
+    code_vectors: tuple[Tensor, ...] | None = None
 
 
 class FeatureScaler(nn.Module):
@@ -81,85 +89,6 @@ class FeatureScaler(nn.Module):
         return x_BE * self.scale + self.mean
 
 
-class QuantizerLevel(nn.Module):
-    """One codebook with its update rule.
-
-    `share` (C,) and `sum` (C, P) are moving averages of each code's share of the points and of the sum of its points
-    divided by the number of points; their quotient is the code. `usage` (C,) counts the points of each code since dead
-    codes were last looked for. All are persistent buffers, so that a resumed run continues with the same bits.
-    """
-
-    codebook: Tensor
-    share: Tensor
-    sum: Tensor
-    usage: Tensor
-    steps: Tensor
-
-    def __init__(self, config: VQConfig, level: int) -> None:
-        super().__init__()
-        size, self.update_rule = config.codebook_sizes[level], config.codebook_update
-        self.decay, self.interval, self.dead_share = config.ema_decay, config.dead_code_interval, config.dead_code_share
-        self.beta, self.initializer_range = config.commitment_weight, config.initializer_range
-        codebook_CP = torch.zeros(size, config.latent_size)
-        if self.update_rule == "ema":
-            self.register_buffer("codebook", codebook_CP)
-            self.register_buffer("share", torch.zeros(size))
-            self.register_buffer("sum", torch.zeros(size, config.latent_size))
-        else:
-            self.codebook = nn.Parameter(codebook_CP)
-        self.register_buffer("usage", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def load_codebook(self, codebook_CP: Tensor, share_C: Tensor) -> None:
-        """Set the codes, as if they had held `share_C` of the points so far."""
-        self.codebook.copy_(codebook_CP)
-        self.usage.zero_()
-        self.steps.zero_()
-        if self.update_rule == "ema":
-            self.share.copy_(share_C)
-            self.sum.copy_(self.codebook * self.share[:, None])
-
-    @torch.no_grad()
-    def update(self, residual_BP: Tensor, codes_B: Tensor) -> None:
-        """Moving averages (EMA only), usage counts, and the reset of dead codes."""
-        one_hot_BC = nn.functional.one_hot(codes_B, len(self.codebook)).to(residual_BP.dtype)
-        if self.update_rule == "ema":
-            self.share.lerp_(one_hot_BC.mean(0), 1 - self.decay)
-            self.sum.lerp_(one_hot_BC.t() @ residual_BP / len(residual_BP), 1 - self.decay)
-            known_C1 = self.share[:, None] > 1e-8  # a code that never had points keeps its place
-            self.codebook.copy_(torch.where(known_C1, self.sum / self.share[:, None].clamp_min(1e-8), self.codebook))
-        self.usage.add_(torch.bincount(codes_B, minlength=len(self.codebook)))
-        self.steps.add_(1)
-        if self.interval and int(self.steps) % self.interval == 0:
-            self.reset_dead_codes(residual_BP)
-
-    @torch.no_grad()
-    def reset_dead_codes(self, residual_BP: Tensor) -> int:
-        """Put codes that (nearly) nothing uses onto random residuals of this batch; returns how many."""
-        floor = self.dead_share * float(self.usage.sum()) / len(self.codebook)
-        dead = (self.usage.double() <= floor).nonzero().flatten()[: len(residual_BP)]
-        picked = torch.randperm(len(residual_BP), device=residual_BP.device)[: len(dead)]
-        self.codebook[dead] = residual_BP[picked].to(self.codebook.dtype)
-        if self.update_rule == "ema":
-            self.share[dead] = 1.0 / len(self.codebook)
-            self.sum[dead] = self.codebook[dead] / len(self.codebook)
-        self.usage.zero_()
-        return len(dead)
-
-    def forward(self, residual_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(codes_B, code vectors_BP, loss)`; updates itself in training mode."""
-        codes_B = nearest(residual_BP.detach(), self.codebook.detach())
-        quantized_BP = self.codebook[codes_B]
-        loss = self.beta * (residual_BP - quantized_BP.detach()).pow(2).sum(1).mean()
-        if self.update_rule == "gradient":
-            loss = loss + (residual_BP.detach() - quantized_BP).pow(2).sum(1).mean()
-        if self.training:
-            quantized_BP = quantized_BP.clone()  # the update changes the codebook in place
-            self.update(residual_BP.detach(), codes_B)
-        return codes_B, quantized_BP, loss
-
-
 def mlp(sizes: list[int], dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
@@ -184,7 +113,7 @@ class VQAutoencoder(PreTrainedModel):
         self.scaler = FeatureScaler(config)
         self.encoder = mlp(sizes, config.dropout)
         self.decoder = mlp(sizes[::-1], config.dropout)
-        self.levels = nn.ModuleList(QuantizerLevel(config, level) for level in range(config.num_levels))
+        self.levels = nn.ModuleList(self._make_levels(config))
         self.post_init()
 
     # ---------------------------------------------------------------------------------------- what a subclass decides
@@ -202,6 +131,18 @@ class VQAutoencoder(PreTrainedModel):
         """The latent (B, Q) that the code vectors of all levels stand for."""
         raise NotImplementedError
 
+    @staticmethod
+    def _make_levels(config: VQConfig) -> list[QuantizerLevel]:
+        """One module per codebook; levels that share a codebook share its module."""
+        first = [config.codebook_of_level.index(book) for book in sorted(set(config.codebook_of_level))]
+        return [LEVELS[config.codebook_update](config, level) for level in first]
+
+    def _prefix_lengths(self, given_B: Tensor | None, batch: int) -> Tensor | None:
+        """How many codes of each item (B,) the decoder sees; None = all."""
+        if given_B is not None:
+            raise IncompatibleComponentsError(f"{self.label}: the codes are not ordered, they have no prefixes")
+        return None
+
     # -------------------------------------------------------------------------------------------------- shared by all
 
     @torch.no_grad()
@@ -213,12 +154,7 @@ class VQAutoencoder(PreTrainedModel):
             initialization.zeros_(module.mean)
             initialization.ones_(module.scale)
         elif isinstance(module, QuantizerLevel):
-            initialization.normal_(module.codebook, std=module.initializer_range)
-            initialization.zeros_(module.usage)
-            initialization.zeros_(module.steps)
-            if module.update_rule == "ema":
-                initialization.zeros_(module.share)
-                initialization.zeros_(module.sum)
+            module.init_weights()
 
     @property
     def codebooks(self) -> list[Tensor]:
@@ -226,7 +162,8 @@ class VQAutoencoder(PreTrainedModel):
         return [level.codebook.detach() for level in self._quantizer_levels()]
 
     def _quantizer_levels(self) -> list[QuantizerLevel]:
-        return cast("list[QuantizerLevel]", list(self.levels))
+        modules = cast("list[QuantizerLevel]", list(self.levels))
+        return [modules[book] for book in self.config.codebook_of_level]
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -250,32 +187,69 @@ class VQAutoencoder(PreTrainedModel):
         latents_NQ = self.transform(features_NE)
         chosen: list[Tensor] = []
         generator = torch.Generator().manual_seed(seed)
-        for level in self._quantizer_levels():
+        done: set[int] = set()
+        for position, level in enumerate(self._quantizer_levels()):
             x_NP = self._level_input(latents_NQ, chosen)
-            result = kmeans(x_NP.float(), len(level.codebook), generator=generator, iterations=iterations)
-            count_C = torch.bincount(result.codes_N, minlength=len(level.codebook))
-            level.load_codebook(result.centroids_CD, count_C / len(features_NE))
-            chosen.append(level.codebook[result.codes_N])
+            book = self.config.codebook_of_level[position]
+            if book not in done:
+                done.add(book)
+                sharing = self.config.codebook_of_level.count(book)
+                pool_MP = x_NP if sharing == 1 else self._pool(latents_NQ, chosen, sharing, generator, iterations)
+                result = kmeans(pool_MP.float(), len(level.codebook), generator=generator, iterations=iterations)
+                count_C = torch.bincount(result.codes_N, minlength=len(level.codebook))
+                level.load_codebook(result.centroids_CD, count_C / len(pool_MP))
+                codes_N = result.codes_N if sharing == 1 else level.assign(x_NP)
+            else:
+                codes_N = level.assign(x_NP)
+            chosen.append(level.codebook[codes_N])
         return self
 
+    def _pool(
+        self, latents_NQ: Tensor, chosen: list[Tensor], sharing: int, generator: torch.Generator, iterations: int
+    ) -> Tensor:
+        """What the `sharing` levels of one codebook will see (sharing * N, P), with k-means of its own for each."""
+        chosen, inputs = list(chosen), []
+        for _ in range(sharing):
+            x_NP = self._level_input(latents_NQ, chosen).float()
+            size = self.codebook_sizes[len(chosen)]
+            result = kmeans(x_NP, size, generator=generator, iterations=iterations)
+            chosen.append(result.centroids_CD[result.codes_N].to(latents_NQ.dtype))
+            inputs.append(x_NP)
+        return torch.cat(inputs)
+
     def forward(
-        self, features: Tensor, return_loss: bool = True, return_dict: bool | None = None
+        self,
+        features: Tensor,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> VQOutput | tuple[Tensor, ...]:
         """Reconstruct features (B, E) through their codes. In training mode the codebooks update themselves.
 
+        `prefix_lengths` (B,), 1..L: reconstruct each item from its first codes only (ordered codes, see RQVAEModel).
         The loss is a mean over the batch, so that Trainer's division by gradient accumulation steps is right.
         """
         x_BE = self.scaler(features.to(self.dtype))
         latents_BQ = self.encoder(x_BE)
+        levels = self._quantizer_levels()
+        inputs: list[Tensor] = []
         codes: list[Tensor] = []
-        chosen: list[Tensor] = []
+        vectors: list[Tensor] = []
         quantization_loss = latents_BQ.new_zeros(())
-        for level in self._quantizer_levels():
-            codes_B, level_BP, level_loss = level(self._level_input(latents_BQ, chosen))
+        for level in levels:
+            inputs.append(self._level_input(latents_BQ, [level_BP.detach() for level_BP in vectors]))
+            codes_B, level_BP, level_loss = level(inputs[-1])
             quantization_loss = quantization_loss + level_loss
             codes.append(codes_B)
-            chosen.append(level_BP.detach())
-        decoded_BE = self.decoder(latents_BQ + (self._join(chosen) - latents_BQ).detach())
+            vectors.append(level_BP)
+        quantized_BQ = decoder_input_BQ = self._pass_gradient(latents_BQ, vectors)
+        lengths_B = self._prefix_lengths(prefix_lengths, len(latents_BQ))
+        if lengths_B is not None:
+            seen = [level_BP * (lengths_B > level)[:, None] for level, level_BP in enumerate(vectors)]
+            decoder_input_BQ = self._pass_gradient(latents_BQ, seen)
+        if self.training:
+            self._update_codebooks(inputs, codes)
+        decoded_BE = self.decoder(decoder_input_BQ)
         quantization_loss = quantization_loss / self.config.input_size
         reconstruction_loss = (decoded_BE - x_BE).pow(2).mean()
         loss = reconstruction_loss + self.config.quantization_weight * quantization_loss if return_loss else None
@@ -286,8 +260,48 @@ class VQAutoencoder(PreTrainedModel):
             reconstruction_loss=reconstruction_loss,
             quantization_loss=quantization_loss,
             latents=latents_BQ,
+            quantized=quantized_BQ,
+            code_vectors=tuple(vectors),
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _pass_gradient(self, latents_BQ: Tensor, vectors: list[Tensor]) -> Tensor:
+        """The joined code vectors (B, Q); backwards into the latents for hard codes, into the weights for soft ones."""
+        soft = [level.is_soft for level in self._quantizer_levels()]
+        if all(soft):
+            return self._join(vectors)
+        hard_BQ = self._join([level_BP.detach() for level_BP in vectors])
+        passed_BQ = GRADIENT_PATHS[self.config.gradient_path](hard_BQ, latents_BQ)
+        if not any(soft):
+            return passed_BQ
+        parts = [level_BP if own else level_BP.detach() for level_BP, own in zip(vectors, soft)]
+        soft_BQ = self._join(parts)
+        return passed_BQ + (soft_BQ - soft_BQ.detach())
+
+    def _update_codebooks(self, inputs: list[Tensor], codes: list[Tensor]) -> None:
+        """One update per codebook, with the points of all levels that share it."""
+        books = self.config.codebook_of_level
+        for book, level in enumerate(cast("list[QuantizerLevel]", list(self.levels))):
+            own = [index for index, other in enumerate(books) if other == book]
+            points_MP, codes_M = inputs[own[0]].detach(), codes[own[0]]
+            if len(own) > 1:
+                points_MP = torch.cat([inputs[index].detach() for index in own])
+                codes_M = torch.cat([codes[index] for index in own])
+            level.update(points_MP, codes_M)
+
+    def level_distances(self, latents: Tensor) -> list[Tensor]:
+        """Squared distances (B, C_l) of latents (B, Q) to the codes of every level, with gradients.
+
+        Minus these are the code logits that ETEGRec's alignment and the usage balance are made of. The residual of a
+        level is taken after the nearest codes of the levels before it.
+        """
+        chosen: list[Tensor] = []
+        distances: list[Tensor] = []
+        for level in self._quantizer_levels():
+            x_BP, codebook_CP = self._level_input(latents, chosen), level.codebook
+            distances.append(code_distances(x_BP, codebook_CP))
+            chosen.append(codebook_CP.detach()[level.assign(x_BP.detach())])
+        return distances
 
     @torch.no_grad()
     def transform(self, features: Tensor | np.ndarray, batch_size: int = 8192) -> Tensor:
@@ -301,13 +315,27 @@ class VQAutoencoder(PreTrainedModel):
         return latents_NQ
 
     @torch.no_grad()
-    def encode(self, features: Tensor | np.ndarray, batch_size: int = 8192) -> Tensor:
-        """Codes (N, L) int64 of features (N, E); works for items that were not trained on. Changes nothing."""
+    def encode(self, features: Tensor | np.ndarray, batch_size: int = 8192, *, last_level: str = "nearest") -> Tensor:
+        """Codes (N, L) int64 of features (N, E); works for items that were not trained on. Changes nothing.
+
+        `last_level="sinkhorn"` spreads the items evenly over the last codebook (`sinkhorn_epsilon` of the
+        configuration): their codes then depend on each other, and memory grows by 16 N C bytes.
+
+        Raises:
+            IncompatibleComponentsError: features of another width, or an unknown `last_level`.
+        """
+        if last_level not in ("nearest", "sinkhorn"):
+            raise IncompatibleComponentsError(f"last_level must be 'nearest' or 'sinkhorn', got {last_level!r}")
         latents_NQ = self.transform(features, batch_size)
         codes: list[Tensor] = []
         chosen: list[Tensor] = []
-        for codebook_CP in self.codebooks:
-            codes_N = nearest(self._level_input(latents_NQ, chosen), codebook_CP, chunk_size=batch_size)
+        for level in self._quantizer_levels():
+            x_NP, codebook_CP = self._level_input(latents_NQ, chosen), level.codebook
+            if last_level == "sinkhorn" and len(codes) == self.config.num_levels - 1:
+                epsilon, iterations = self.config.sinkhorn_epsilon, self.config.sinkhorn_iterations
+                codes_N = sinkhorn_codes(x_NP, codebook_CP, epsilon, iterations)
+            else:
+                codes_N = level.assign(x_NP, batch_size)
             chosen.append(codebook_CP[codes_N])
             codes.append(codes_N)
         return torch.stack(codes, 1)

@@ -1,0 +1,350 @@
+"""SoftmaxDPOTrainer: S-DPO, preference tuning with several rejected answers per prompt (arXiv 2406.09215), on TRL's
+DPOTrainer (whose own "SDPO" is another method).
+
+What changes against DPOTrainer: rows with a list of rejected answers, the collator (1 + K blocks), and the loss. Models,
+PEFT, precomputed references, checkpoints, cards and launching are TRL's.
+
+* **Reference.** Without `ref_model` DPOTrainer would load the policy's *folder* again; here the reference is a copy of
+  the policy as it is in memory. With PEFT it is the disabled adapter (a new one) or TRL's frozen copy of an adapter that
+  is trained on; with `precompute_ref_log_probs=True` nothing is kept in memory.
+* **Steps are exact.** Losses are summed and divided by the prompts of the whole step, so gradient accumulation, batch
+  size and number of processes leave the trajectory as it is, also when micro-batches differ in size (DPOTrainer averages
+  averages).
+* **No cut answers.** A row longer than `max_length` is an error that names the row, where DPOTrainer drops or cuts it.
+
+*Relations*: K = 1 is DPOTrainer with `loss_type="sigmoid"`. `loss_type=["sigmoid", "sft"]` adds the next-token loss of
+the chosen answer, which keeps preference tuning from forgetting it (OneRec, arXiv 2502.18965).
+
+Shape legend: B prompts, K rejected answers of the prompt that has most, R rejected answers of all prompts, A = B + R
+answers (first all chosen, then the rejected ones prompt after prompt), T tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorMixin
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
+
+from hf_genrec.alignment.preference_rows import ID_COLUMNS, as_answers, check_answers, check_length
+from hf_genrec.errors import TrainingError
+
+from .preference_loss import (
+    RewardMeter,
+    check_beta,
+    check_same_vocabulary,
+    padded_rejected,
+    softmax_preference_loss,
+    step_counts,
+)
+
+logger = logging.getLogger(__name__)
+
+_LOSSES = ("sigmoid", "sft")
+_PAIR_OPTIONS = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "label_smoothing": 0.0, "use_weighting": False}
+
+
+@dataclass
+class SoftmaxDPOConfig(DPOConfig):
+    """DPOConfig with the values of S-DPO. Options of DPOConfig that are defined for pairs only are refused.
+
+    Raises:
+        TrainingError: `loss_type` other than "sigmoid" and "sft", a pair-only option, or a beta that is not positive.
+    """
+
+    beta: float = field(default=1.0, metadata={"help": "Pull towards the reference; the paper's script uses 1."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_beta(self.beta)
+        if "sigmoid" not in self.loss_type or not set(self.loss_type) <= set(_LOSSES):
+            raise TrainingError(
+                f"loss_type is {self.loss_type}: S-DPO is 'sigmoid', alone or with 'sft'; use TRL's DPOTrainer for "
+                "losses of pairs."
+            )
+        for name, neutral in _PAIR_OPTIONS.items():
+            if getattr(self, name) != neutral:
+                raise TrainingError(
+                    f"{name}={getattr(self, name)!r} is defined for pairs, not for several rejected answers: leave it "
+                    f"at {neutral!r}."
+                )
+        if self.truncation_mode != "keep_start":
+            raise TrainingError("truncation_mode has no effect here: rows that are too long are errors. Leave it out.")
+
+
+@dataclass
+class SoftmaxPreferenceCollator(DataCollatorMixin):
+    """Rows of ids -> one batch of answers behind their prompts: A rows, first the B chosen, then the R rejected.
+
+    Args:
+        pad_token_id: for the empty places.
+        max_length: most tokens of a row; a longer one is an error, never cut.
+        padding_side: "right", as TRL pads, or "left" (the same losses for models with relative positions).
+        pad_to_multiple_of: width of the batch.
+
+    Returns:
+        `rejected_counts` and `chosen_tokens` (B,); `input_ids`, `attention_mask`, `completion_mask` (A, T); where the
+        rows have them `ref_chosen_logps` (B,) and `ref_rejected_logps` (B, K).
+
+    Example:
+        >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [[4], [5, 6]]}]
+        >>> batch = SoftmaxPreferenceCollator(pad_token_id=0)(rows)
+        >>> batch["input_ids"].tolist(), batch["rejected_counts"].tolist()
+        ([[1, 2, 3, 0], [1, 2, 4, 0], [1, 2, 5, 6]], [2])
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    padding_side: str = "right"
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rejected = [as_answers(example["rejected_ids"]) for example in examples]
+        chosen = [example["chosen_ids"] for example in examples]
+        for place, (example, answers) in enumerate(zip(examples, rejected)):
+            sizes = [len(chosen[place]), *map(len, answers)]
+            check_length(f"{place} of a batch", len(example["prompt_ids"]), sizes, self.max_length)
+        prompts = [example["prompt_ids"] for example in examples]
+        pairs = list(zip(prompts, chosen))
+        pairs += [(prompt, answer) for prompt, answers in zip(prompts, rejected) for answer in answers]
+        # first, because Trainer reads the batch size off the first tensor: B prompts, not A answers
+        batch = {
+            "rejected_counts": torch.tensor([len(answers) for answers in rejected]),
+            "chosen_tokens": torch.tensor([len(answer) for answer in chosen]),
+        }
+        ids = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
+        masks = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in pairs]
+        options: dict[str, Any] = {"padding_side": self.padding_side, "pad_to_multiple_of": self.pad_to_multiple_of}
+        batch["input_ids"] = pad(ids, padding_value=self.pad_token_id, **options)
+        batch["attention_mask"] = pad([torch.ones_like(mask) for mask in masks], padding_value=0, **options)
+        batch["completion_mask"] = pad(masks, padding_value=0, **options)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        return batch
+
+
+class SoftmaxDPOTrainer(DPOTrainer):
+    """DPOTrainer for rows whose `rejected` is a list of answers.
+
+    Datasets have the columns `prompt`, `chosen`, `rejected` (text or messages; `rejected` one answer or a list), or
+    the same as token ids: `prompt_ids`, `chosen_ids`, `rejected_ids`, as `alignment.pairs` builds them. Rows may have
+    different numbers of rejected answers.
+
+    Args:
+        model: causal language model or PeftModel, or the folder of one.
+        ref_model: reference; None: see the module docstring.
+        args: SoftmaxDPOConfig.
+        data_collator: default SoftmaxPreferenceCollator.
+        processing_class: tokenizer; default: the one beside the model.
+        kwargs: as for DPOTrainer (`train_dataset`, `eval_dataset`, `peft_config`, `callbacks`, ...).
+
+    Raises:
+        TrainingError: rows that cannot be trained on (row named), or an encoder-decoder (use
+            Seq2SeqPreferenceTrainer).
+        IncompatibleComponentsError: the reference has another vocabulary than the policy.
+    """
+
+    loss_is_scaled_for_ga = True  # see _get_num_items_in_batch
+    _tag_names = ["trl", "dpo", "s-dpo"]
+    _name = "S-DPO"
+    _paper = {"title": "On Softmax Direct Preference Optimization for Recommendation", "id": "2406.09215"}
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: PreTrainedModel | None = None,
+        args: SoftmaxDPOConfig | None = None,
+        data_collator: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = args if args is not None else SoftmaxDPOConfig(f"{(name or 'model').split('/')[-1]}-S-DPO")
+        if not isinstance(args, SoftmaxDPOConfig):
+            raise TrainingError(f"args is a {type(args).__name__}: pass a SoftmaxDPOConfig.")
+        if not isinstance(model, str):
+            _check_models(model, ref_model)
+            keeps_reference = not (is_peft_model(model) or kwargs.get("peft_config") or args.precompute_ref_log_probs)
+            if ref_model is None and keeps_reference:
+                ref_model = copy.deepcopy(model)
+                ref_model.__dict__.pop("forward", None)  # what an earlier trainer bound to the policy
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(name)
+        if data_collator is None:
+            if processing_class.pad_token is None:
+                processing_class.pad_token = processing_class.eos_token
+            multiple: Any = args.pad_to_multiple_of
+            data_collator = SoftmaxPreferenceCollator(
+                processing_class.pad_token_id, args.max_length, pad_to_multiple_of=multiple
+            )
+        self._most_rejected = 1
+        self._rewards = RewardMeter()
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        first = next(iter(dataset))
+        if "image" in first or "images" in first:
+            raise TrainingError(f"the {dataset_name} dataset has images, which S-DPO does not read; remove the column.")
+        options: dict[str, Any] = {"with_indices": True}
+        if isinstance(dataset, Dataset):
+            options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
+        limit = args.max_length
+        with global_then_local_main_first():
+            if set(ID_COLUMNS) <= set(first):
+                dataset = dataset.map(_checked_row, fn_kwargs={"max_length": limit}, **options)
+            else:
+                if "prompt" not in first:
+                    dataset = dataset.map(extract_prompt)
+                text_options = {"tokenizer": processing_class, "max_length": limit}
+                dataset = dataset.map(_text_row, fn_kwargs=text_options, **options)
+        if isinstance(dataset, Dataset):
+            self._most_rejected = max(self._most_rejected, *map(len, dataset["rejected_ids"]))
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ()):
+            return dataset  # came with the data
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+            raise TrainingError(  # the processes hand the numbers on through the dataset's cache folder
+                f"the {name} dataset lives in memory, and several processes cannot share precomputed log-probabilities "
+                "then: write it with save_pairs and train on load_pairs(path)."
+            )
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if not batch_samples or "rejected_counts" not in batch_samples[0]:
+            return None
+        return step_counts(batch_samples, self.accelerator, device)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probabilities of a batch: of the chosen answers (B,) and the rejected (B, most of the data)."""
+        # the base class cuts its answers into halves, which put together are all A of them
+        logps_A = torch.cat(super().compute_ref_log_probs(model, _without_ours(inputs)))
+        counts_B = inputs["rejected_counts"]
+        rejected_BK, _ = padded_rejected(logps_A[len(counts_B) :], counts_B)
+        missing = max(0, self._most_rejected - rejected_BK.shape[1])
+        return logps_A[: len(counts_B)], torch.nn.functional.pad(rejected_BK, (0, missing))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the prompts' losses over the prompts of the whole step (of this batch, in evaluation)."""
+        counts_B = inputs["rejected_counts"]
+        policy: Any = self.model
+        prompts, mode = len(counts_B), "train" if policy.training else "eval"
+        model_inputs = _without_ours(inputs)
+        completion_mask_AT = model_inputs.pop("completion_mask")
+        labels_AT = model_inputs["input_ids"].masked_fill(completion_mask_AT == 0, -100)
+        model_inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        outputs = model(**model_inputs, labels=labels_AT, fused_lm_head=True)
+        width = labels_AT.shape[1] - 1  # prompt-learning adapters put virtual tokens in front
+        logps_A = outputs.log_probs[:, -width:].sum(dim=1)
+        logps_B, logps_R = logps_A[:prompts], logps_A[prompts:]
+        logps_BK, there_BK = padded_rejected(logps_R, counts_B)
+
+        if self.precompute_ref_logps:
+            ref_B, ref_BK = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            ref_B, ref_BK = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        ratios_B, ratios_BK = logps_B - ref_B, (logps_BK - ref_BK[:, : logps_BK.shape[1]]) * there_BK
+        losses_B = softmax_preference_loss(ratios_B, ratios_BK, there_BK, beta=self.beta)
+
+        step_prompts, step_tokens = prompts, inputs["chosen_tokens"].sum()
+        if num_items_in_batch is not None:  # DDP averages over processes
+            step_prompts, step_tokens = num_items_in_batch / self.accelerator.num_processes
+        terms = {"sigmoid": losses_B.sum() / step_prompts, "sft": -logps_B.sum() / step_tokens}
+        loss = sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights))
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * prompts / step_prompts
+
+        hits_B = (outputs.is_top1[:prompts, -width:] & completion_mask_AT[:prompts, 1:].bool()).sum(dim=1)
+        accuracy = (hits_B / inputs["chosen_tokens"]).sum()
+        rewards = (self.beta * ratios_B.detach(), self.beta * ratios_BK.detach(), there_BK)
+        extra = {"mean_token_accuracy": accuracy}
+        self._rewards.add(mode, self.accelerator, *rewards, logps_B.detach(), logps_BK.detach(), extra)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**model_inputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer, with the rewards since the last call."""
+        policy: Any = self.model
+        mode = "train" if policy.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        logs.update({f"{prefix}{name}": value for name, value in self._rewards.take(mode).items()})
+        super().log(logs, start_time)
+
+
+def _without_ours(inputs: dict[str, Any]) -> dict[str, Any]:
+    ours = ("rejected_counts", "chosen_tokens", "ref_chosen_logps", "ref_rejected_logps")
+    return {name: value for name, value in inputs.items() if name not in ours}
+
+
+def _checked_row(example: dict[str, Any], row: int, max_length: int | None) -> dict[str, Any]:
+    prompt, chosen, rejected = (example[name] for name in ID_COLUMNS)
+    rejected = as_answers(rejected)
+    check_answers(row, prompt, chosen, rejected)
+    check_length(row, len(prompt), [len(chosen), *map(len, rejected)], max_length)
+    return {"rejected_ids": rejected}
+
+
+def _text_row(example: dict[str, Any], row: int, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+    """Token ids of a row of text or messages, as DPOTrainer makes them; the prompt ends where all answers agree."""
+    prompt, chosen, rejected = example["prompt"], example["chosen"], as_answers(example["rejected"])
+    check_answers(row, prompt, chosen, rejected)
+    answers: list[Any] = [chosen, *rejected]
+    template: dict[str, Any] = {}
+    if is_conversational({"prompt": prompt, "chosen": chosen}):
+        tools = example.get("tools")
+        template = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        template |= example.get("chat_template_kwargs") or {}
+        prompt_ids = _tokenize(tokenizer, prompt, add_generation_prompt=True, **template)["input_ids"]
+    else:
+        eos = tokenizer.eos_token or ""
+        answers = [answer if answer.endswith(eos) else answer + eos for answer in answers]
+        prompt_ids = _tokenize(tokenizer, prompt)["input_ids"]
+    whole = [_tokenize(tokenizer, prompt + answer, **template)["input_ids"] for answer in answers]
+    shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
+    if shared < len(prompt_ids):
+        logger.warning(
+            "row %d: %r at the end of the prompt is encoded differently before an answer and is left out; end prompts "
+            "on a token boundary.", row, tokenizer.decode(prompt_ids[shared:]),
+        )  # fmt: skip
+    ids = [answer[shared:] for answer in whole]
+    check_answers(row, prompt_ids[:shared], ids[0], ids[1:])
+    check_length(row, shared, [len(answer) for answer in ids], max_length)
+    return {"prompt_ids": prompt_ids[:shared], "chosen_ids": ids[0], "rejected_ids": ids[1:]}
+
+
+def _check_models(model: Any, ref_model: Any) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TrainingError(f"{type(model).__name__} is an encoder-decoder: use Seq2SeqPreferenceTrainer.")
+    if ref_model is not None:
+        check_same_vocabulary(model, ref_model)

@@ -1,0 +1,549 @@
+"""Tree identifiers: hierarchical k-means whose leaves name single items (DSI, arXiv 2202.06991; SEATER, 2309.13375).
+
+An item's codes are the way from the root to its leaf cluster and, last, its number there: no two items share a code, so
+nothing collides. `CodeTree` is the tree without the clustering, shared by every indexer that splits items recursively;
+`TreeIndexer` splits feature vectors by k-means.
+
+Shape suffixes: N items, M new items, R items of one node, D feature dimensions, P projected dimensions (P = D without
+`pca_dim`), V nodes (clusters) in breadth-first order, C children of a node, L levels (codes of an item).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ...errors import ArtifactError, IncompatibleComponentsError, TrainingError
+from ..collisions import as_array
+from ..features import PrincipalComponents
+from .kmeans import DEFAULT_CHUNK, check_features, cluster_sums, kmeans
+
+logger = logging.getLogger(__name__)
+
+CODE_STYLES = ("local", "node", "prefix")
+_EXACT_POINTS = 256  # nodes up to this size get the optimal assignment under size limits
+_DEEP = 24  # levels from which on a tree is worth a warning
+_FORMAT = "hf_genrec.tree_indexer.1"
+
+
+class CodeTree:
+    """The shape of a tree of clusters, and what it says about codes. A value: it never changes.
+
+    Args:
+        num_children_V: children of every node in breadth-first order, root first; 0 marks a leaf cluster.
+        max_leaf: numbers a leaf cluster has for its items.
+        code_style: how a way through the tree is written. `"local"`: a cluster is its number among its siblings and an
+            item its number in the leaf, both from 0 (DSI). `"node"`: a cluster is its number among all clusters of its
+            depth, so that no two parents share a child code; item numbers follow behind them and are shared by the
+            leaves (CID). `"prefix"`: item numbers too belong to one leaf alone (EAGER, arXiv 2406.14017).
+
+    Example:
+        >>> tree = CodeTree([2, 0, 2, 0, 0], max_leaf=3)
+        >>> tree.codes([1, 3, 4], [2, 0, 1]).tolist(), tree.codebook_sizes
+        ([[0, 2, -1], [1, 0, 0], [1, 1, 1]], (2, 3, 3))
+        >>> CodeTree([2, 0, 2, 0, 0], max_leaf=3, code_style="prefix").codes([1, 3, 4], [2, 0, 1]).tolist()
+        [[0, 4, -1], [1, 0, 0], [1, 1, 4]]
+    """
+
+    def __init__(self, num_children_V: Any, max_leaf: int, code_style: str = "local") -> None:
+        if code_style not in CODE_STYLES:
+            raise IncompatibleComponentsError(f"code_style must be one of {CODE_STYLES}, got {code_style!r}")
+        children_V = np.asarray(num_children_V, dtype=np.int64)
+        starts, end = [0], 1
+        while starts[-1] < end <= len(children_V):
+            starts.append(end)
+            end += int(children_V[starts[-2] : starts[-1]].sum())
+        if end != len(children_V) or children_V.min() < 0:
+            raise IncompatibleComponentsError(f"{len(children_V)} nodes do not make a tree of {end}: build it again")
+        self.max_leaf, self.code_style, self.num_children_V = int(max_leaf), code_style, children_V
+        self.start_of_depth = np.array(starts, dtype=np.int64)  # one more entry than depths: the end
+        self.depth_V = np.repeat(np.arange(len(starts) - 1), np.diff(self.start_of_depth))
+        self.first_child_V = np.where(children_V > 0, 1 + np.cumsum(children_V) - children_V, -1)
+        self.parent_V = np.concatenate([[-1], np.repeat(np.arange(len(children_V)), children_V)])
+        own = code_style != "local"
+        width_L = np.append(np.diff(self.start_of_depth)[1:], 0)  # clusters below every depth
+        is_leaf_V = children_V == 0
+        leaf_rank_V = np.cumsum(is_leaf_V) - 1
+        first_rank_L = np.append(0, np.cumsum(is_leaf_V))[self.start_of_depth[:-1]]
+        self._code_V = np.arange(len(children_V)) - (
+            self.start_of_depth[self.depth_V] if own else self.first_child_V[self.parent_V]
+        )
+        self._number_offset_V = width_L[self.depth_V] * own
+        if code_style == "prefix":
+            self._number_offset_V = self._number_offset_V + (leaf_rank_V - first_rank_L[self.depth_V]) * self.max_leaf
+        sizes_L = np.zeros(len(starts) - 1, dtype=np.int64)
+        np.maximum.at(
+            sizes_L, self.depth_V, np.where(is_leaf_V, self._number_offset_V + self.max_leaf, children_V * (not own))
+        )
+        self.codebook_sizes = tuple(np.maximum(sizes_L, width_L * own).tolist())
+
+    @property
+    def num_levels(self) -> int:
+        """L: codes of the deepest item."""
+        return len(self.codebook_sizes)
+
+    @classmethod
+    def grow(
+        cls,
+        num_items: int,
+        max_leaf: int,
+        split: Callable[[np.ndarray, int], np.ndarray | None],
+        code_style: str = "local",
+    ) -> tuple[CodeTree, np.ndarray]:
+        """Split all items from the root on; returns the tree and the leaf (N,) of every item.
+
+        `split(rows_R, depth)` is called breadth first and returns the child (R,) of every item, numbered without gaps
+        from 0, or None to leave the node as a leaf cluster.
+        """
+        num_children: list[int] = []
+        leaf_N = np.empty(num_items, dtype=np.int64)
+        queue: list[np.ndarray] = [np.arange(num_items)]
+        depths = [0]
+        for node, rows_R in enumerate(queue):  # the list grows while it is read
+            child_R = split(rows_R, depths[node])
+            if child_R is None:
+                assert len(rows_R) <= max_leaf
+                leaf_N[rows_R] = node
+                num_children.append(0)
+            else:
+                order_R = np.argsort(child_R, kind="stable")
+                queue.extend(np.split(rows_R[order_R], np.cumsum(np.bincount(child_R))[:-1]))
+                depths += [depths[node] + 1] * (len(queue) - len(depths))
+                num_children.append(int(child_R.max()) + 1)
+            queue[node] = np.empty(0, dtype=np.int64)  # the items are kept once, not once per depth
+        return cls(num_children, max_leaf, code_style), leaf_N
+
+    def codes(self, leaf_N: Any, number_N: Any) -> np.ndarray:
+        """Codes (N, L) int64 of items by leaf cluster and number; -1 behind the end of a shorter code."""
+        node_N, row_N = np.array(leaf_N, dtype=np.int64), np.arange(len(leaf_N))
+        codes_NL = np.full((len(node_N), self.num_levels), -1, dtype=np.int64)
+        codes_NL[row_N, self.depth_V[node_N]] = self._number_offset_V[node_N] + np.asarray(number_N)
+        for _ in range(self.num_levels - 1):
+            row_N = row_N[node_N[row_N] > 0]
+            codes_NL[row_N, self.depth_V[node_N[row_N]] - 1] = self._code_V[node_N[row_N]]
+            node_N[row_N] = self.parent_V[node_N[row_N]]
+        return codes_NL
+
+    def locate(self, codes_NL: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Leaf cluster and number (N,) of codes: the inverse of `codes`.
+
+        Raises:
+            IncompatibleComponentsError: wrong shape, or codes that lead to no item (names the row).
+        """
+        codes_NL = as_array(codes_NL)
+        if codes_NL.ndim != 2 or codes_NL.shape[1] != self.num_levels:
+            raise IncompatibleComponentsError(f"codes must be (N, {self.num_levels}), got {codes_NL.shape}")
+        codes_NL = codes_NL.astype(np.int64)
+        leaf_N = np.zeros(len(codes_NL), dtype=np.int64)
+        for level in range(self.num_levels - 1):
+            inner = np.flatnonzero(self.num_children_V[leaf_N] * (self.depth_V[leaf_N] == level))
+            node = leaf_N[inner]
+            first = self.first_child_V[node] if self.code_style == "local" else self.start_of_depth[level + 1]
+            child = np.clip(first + codes_NL[inner, level], 0, len(self.num_children_V) - 1)
+            leaf_N[inner] = np.where(self.parent_V[child] == node, child, node)  # a wrong turn stays and shows below
+        number_N = codes_NL[np.arange(len(leaf_N)), self.depth_V[leaf_N]] - self._number_offset_V[leaf_N]
+        good_N = (self.num_children_V[leaf_N] == 0) & (number_N >= 0) & (number_N < self.max_leaf)
+        good_N[good_N] = (self.codes(leaf_N[good_N], number_N[good_N]) == codes_NL[good_N]).all(1)
+        if not good_N.all():
+            row = int(np.flatnonzero(~good_N)[0])
+            raise IncompatibleComponentsError(
+                f"codes of row {row}, {codes_NL[row].tolist()}, lead to no leaf of this tree: pass codes that it made"
+            )
+        return leaf_N, number_N
+
+    def place(
+        self, num_new: int, choose: Callable[[int, np.ndarray], np.ndarray], taken_NL: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Leaf cluster and number (M,) for new items, none of them in `taken_NL` or given twice.
+
+        An item goes down to the child with the best score and takes the lowest free number. Where its leaf is full it
+        goes up to the first node that still has room and down again through children with room. First row first.
+
+        Args:
+            choose: `choose(node, rows_R)` -> scores (R, C) of the children of a node, the larger the better.
+            taken_NL: codes in use.
+
+        Raises:
+            IncompatibleComponentsError: fewer free numbers than new items.
+        """
+        taken_leaf_N, taken_number_N = self.locate(taken_NL)
+        key_N = np.unique(taken_leaf_N * self.max_leaf + taken_number_N)
+        room_V = np.where(self.num_children_V == 0, self.max_leaf, 0)
+        np.subtract.at(room_V, key_N // self.max_leaf, 1)
+        for node in range(len(room_V) - 1, 0, -1):
+            room_V[self.parent_V[node]] += room_V[node]
+        if num_new > room_V[0]:
+            raise IncompatibleComponentsError(
+                f"{num_new} new items, but the leaves have only {room_V[0]} free numbers: fit again, with a larger "
+                "max_leaf or more levels"
+            )
+        leaf_M = np.zeros(num_new, dtype=np.int64)
+        for depth in range(self.num_levels - 1):
+            inner = np.flatnonzero(self.num_children_V[leaf_M] * (self.depth_V[leaf_M] == depth))
+            inner = inner[np.argsort(leaf_M[inner], kind="stable")]
+            for rows in np.split(inner, np.flatnonzero(np.diff(leaf_M[inner])) + 1):
+                if len(rows):
+                    node = int(leaf_M[rows[0]])
+                    leaf_M[rows] = self.first_child_V[node] + choose(node, rows).argmax(1)
+        used, lowest = set(key_N.tolist()), np.zeros(len(room_V), dtype=np.int64)
+        number_M = np.empty(num_new, dtype=np.int64)
+        for item in range(num_new):
+            node = int(leaf_M[item])
+            while room_V[node] == 0:
+                node = int(self.parent_V[node])
+            while self.num_children_V[node]:
+                first, last = self.first_child_V[node], self.first_child_V[node] + self.num_children_V[node]
+                score_C = np.where(room_V[first:last] > 0, choose(node, np.array([item]))[0], -np.inf)
+                node = int(first + score_C.argmax())
+            while node * self.max_leaf + int(lowest[node]) in used:
+                lowest[node] += 1
+            leaf_M[item], number_M[item] = node, lowest[node]
+            lowest[node] += 1
+            while node >= 0:
+                room_V[node] -= 1
+                node = int(self.parent_V[node])
+        return leaf_M, number_M
+
+
+def rank_within(group_N: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... among the items of every group, by rising `keys` (the first one counts most), then by row."""
+    order_N = np.lexsort((*reversed(keys), group_N))
+    sorted_N = group_N[order_N]
+    start_N = np.flatnonzero(np.diff(sorted_N, prepend=-1) != 0)
+    rank_N = np.empty(len(group_N), dtype=np.int64)
+    rank_N[order_N] = np.arange(len(group_N)) - np.repeat(start_N, np.diff(np.append(start_N, len(group_N))))
+    return rank_N
+
+
+def optimal_assignment(cost_RC: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Codes (R,) of least total cost with between `low` and `high` points per code; cubic in R."""
+    num_points, num_codes = cost_RC.shape
+    high = min(high, num_points)
+    slot_S = np.repeat(np.arange(num_codes), high)
+    # rows behind the points fill the slots that stay empty; the first `low` slots of a code are closed to them
+    empty_S = np.where(np.tile(np.arange(high), num_codes) < low, 1.0, 0.0) * (1.0 + np.ptp(cost_RC) * num_points)
+    padded_SS = np.concatenate([cost_RC[:, slot_S], np.tile(empty_S, (len(slot_S) - num_points, 1))])
+    return slot_S[linear_sum_assignment(padded_SS)[1][:num_points]]
+
+
+def quota_assignment(cost_RC: np.ndarray, quota_C: np.ndarray) -> np.ndarray:
+    """Codes (R,) with at most `quota_C` points each: the cheapest code, and the cheapest moves out of full ones.
+
+    Greedy and vectorised: every round moves the points that lose least, and ends all surplus or fills up a code.
+    """
+    code_R = cost_RC.argmin(1)
+    while True:
+        surplus_C = np.bincount(code_R, minlength=len(quota_C)) - quota_C
+        moving = np.flatnonzero(surplus_C[code_R] > 0)
+        if len(moving) == 0:
+            return code_R
+        open_C = np.flatnonzero(surplus_C < 0)
+        loss_RC = cost_RC[np.ix_(moving, open_C)] - cost_RC[moving, code_R[moving]][:, None]
+        target, loss = open_C[loss_RC.argmin(1)], loss_RC.min(1)
+        first = rank_within(code_R[moving], loss) < surplus_C[code_R[moving]]
+        moving, target, loss = moving[first], target[first], loss[first]
+        fits = rank_within(target, loss) < -surplus_C[target]
+        code_R[moving[fits]] = target[fits]
+
+
+class TreeIndexer:
+    """Hierarchical k-means with size limits and one leaf per item: codes of a catalogue, and of items that come later.
+
+    Args:
+        branching: children of a node, one number or one per depth (the last one goes on for deeper nodes).
+        depth: L, codes of every item, the item number included. None: a cluster is split while it holds more than
+            `max_leaf` items (codes of several lengths, -1 behind their end); with `balanced` the least L that fits.
+        max_leaf: items of a leaf cluster, at most (default: the last `branching`).
+        balanced: the children of a node differ by at most one item (so do all clusters of one depth).
+        max_load: no child holds more than this multiple of the mean (rounded up). Text vectors need it (2.0, say):
+            plain k-means leaves one crowded cluster behind, and the tree grows deep there.
+        code_style: see `CodeTree`.
+        seed, iterations, subsample, chunk_size, pca_dim, whiten: see `ResidualKMeans`.
+
+    With `depth` no cluster gets more items than fit below it. Memory under size limits: N x branching floats.
+
+    Relations: `branching=10, max_leaf=100` is DSI, `30, 30` NCI (arXiv 2206.02743); `balanced=True` SEATER;
+    `depth=3, branching=32` ColaRec (2403.18480); `depth=2, balanced=True, code_style="prefix"` a stream of EAGER. A
+    tree of one split is k-means with a counter; `ResidualKMeans` clusters all residuals of a level together instead.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [0.1], [9.0], [9.1], [9.2]])
+        >>> tree = TreeIndexer(2, max_leaf=3).fit(x)
+        >>> tree.codes_NL[:, 0].unique_consecutive(return_counts=True)[1].tolist(), tree.codebook_sizes
+        ([2, 3], (2, 3))
+        >>> bool(tree.encode(torch.tensor([[0.2]]))[0, 0] == tree.codes_NL[0, 0])
+        True
+    """
+
+    def __init__(
+        self,
+        branching: int | Sequence[int] = 16,
+        *,
+        depth: int | None = None,
+        max_leaf: int | None = None,
+        balanced: bool = False,
+        max_load: float | None = None,
+        code_style: str = "local",
+        seed: int = 0,
+        iterations: int = 25,
+        subsample: int = 16384,
+        chunk_size: int = DEFAULT_CHUNK,
+        pca_dim: int | None = None,
+        whiten: bool = False,
+    ) -> None:
+        self.branching = tuple(map(int, branching)) if isinstance(branching, Sequence) else (int(branching),)
+        if not self.branching or min(self.branching) < 2:
+            raise IncompatibleComponentsError(f"branching must be at least 2 at every depth, got {branching}")
+        self.max_leaf = self.branching[-1] if max_leaf is None else int(max_leaf)
+        if self.max_leaf < 1 or (depth is not None and depth < 1):
+            raise IncompatibleComponentsError(f"max_leaf and depth must be at least 1, got {max_leaf} and {depth}")
+        if depth is not None and len(self.branching) > max(depth - 1, 1):
+            raise IncompatibleComponentsError(
+                f"depth={depth} splits {depth - 1} times (the last code numbers items), branching has "
+                f"{len(self.branching)} entries: give one number, or at most {max(depth - 1, 1)}"
+            )
+        if max_load is not None and max_load < 1:
+            raise IncompatibleComponentsError(f"max_load is a multiple of the mean size, at least 1, got {max_load}")
+        if code_style not in CODE_STYLES:
+            raise IncompatibleComponentsError(f"code_style must be one of {CODE_STYLES}, got {code_style!r}")
+        if whiten and pca_dim is None:
+            raise IncompatibleComponentsError("whiten=True needs pca_dim: whitening keeps only the leading components")
+        self.depth, self.balanced, self.max_load, self.code_style = depth, balanced, max_load, code_style
+        self.seed, self.iterations, self.subsample, self.chunk_size = seed, iterations, subsample, chunk_size
+        self.pca_dim, self.whiten = pca_dim, whiten
+        self.tree: CodeTree | None = None
+        self.centroids_VP = torch.zeros(0)
+        self.codes_NL = torch.zeros(0, dtype=torch.int64)
+        self.projection: PrincipalComponents | None = None
+
+    @property
+    def num_levels(self) -> int:
+        """L of the fitted tree."""
+        return self._fitted()[0].num_levels
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes per level of the fitted tree; `encode` never leaves them."""
+        return self._fitted()[0].codebook_sizes
+
+    def fit(self, x_ND: Tensor | np.ndarray) -> TreeIndexer:
+        """Build the tree over features (N, D) and return self; `codes_NL` then holds the codes of these items.
+
+        The order of the rows does not matter: permuted features get permuted codes (equal rows may swap their numbers).
+        In a leaf, number 0 is the item nearest to its centre.
+
+        Raises:
+            TrainingError: not a matrix, NaN or infinite values (names the row), or more items than fit into `depth`.
+        """
+        x_ND = check_features(x_ND).cpu()
+        splits = self._num_splits(len(x_ND))
+        order_N = _canonical_order(x_ND)
+        x_ND = x_ND[order_N]
+        self.projection = PrincipalComponents.fit(x_ND, self.pca_dim, whiten=self.whiten)
+        x_NP = self.projection.apply(x_ND)
+        generator = torch.Generator().manual_seed(self.seed)
+        centroids = [x_NP.mean(0, keepdim=True)]
+
+        def split(rows_R: np.ndarray, depth: int) -> np.ndarray | None:
+            if depth == splits or (splits is None and len(rows_R) <= self.max_leaf):
+                return None
+            code_R, centroids_CP = self._split(x_NP[torch.from_numpy(rows_R)], depth, splits, generator)
+            used_C, child_R = np.unique(code_R, return_inverse=True)
+            centroids.append(centroids_CP[torch.from_numpy(used_C)])
+            return child_R
+
+        self.tree, leaf_N = CodeTree.grow(len(x_NP), self.max_leaf, split, self.code_style)
+        if splits is None and self.tree.num_levels > _DEEP:
+            logger.warning(
+                f"tree of {self.tree.num_levels} levels over {len(x_NP)} items: k-means splits off few items at a "
+                "time; max_load=2.0 and pca_dim=32 spread them"
+            )
+        self.centroids_VP = torch.cat(centroids)
+        distance_N = (x_NP - self.centroids_VP[torch.from_numpy(leaf_N)]).pow(2).sum(1).numpy()
+        codes_NL = torch.from_numpy(self.tree.codes(leaf_N, rank_within(leaf_N, distance_N)))
+        self.codes_NL = torch.empty_like(codes_NL)
+        self.codes_NL[order_N] = codes_NL
+        return self
+
+    def encode(self, x_MD: Tensor | np.ndarray, taken_NL: Any = None) -> Tensor:
+        """Codes (M, L) int64 for new items, unlike each other and all of `taken_NL` (default: the fitted items).
+
+        Every item goes down to the nearest child and takes the lowest free number; out of a full leaf it moves to the
+        nearest cluster with room. Changes nothing here: for the next batch pass all codes that are in use by then.
+
+        Raises:
+            IncompatibleComponentsError: other dimensions than fitted, `taken_NL` of another tree, no room left.
+        """
+        tree, projection = self._fitted()
+        x_MP = projection.apply(check_features(x_MD).cpu())
+
+        def choose(node: int, rows_R: np.ndarray) -> np.ndarray:
+            first = int(tree.first_child_V[node])
+            book_CP = self.centroids_VP[first : first + int(tree.num_children_V[node])]
+            return torch.addmm(book_CP.pow(2).sum(1).mul(-0.5), x_MP[torch.from_numpy(rows_R)], book_CP.t()).numpy()
+
+        return torch.from_numpy(
+            tree.codes(*tree.place(len(x_MP), choose, self.codes_NL if taken_NL is None else taken_NL))
+        )
+
+    def decode(self, codes_NL: Tensor | np.ndarray) -> Tensor:
+        """Features (N, D) that codes (N, L) stand for: the centre of their leaf cluster."""
+        tree, projection = self._fitted()
+        return projection.invert(self.centroids_VP[torch.from_numpy(tree.locate(codes_NL)[0])])
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted tree as one safetensors file (settings in its header, no pickle)."""
+        tree, projection = self._fitted()
+        names = (
+            "branching", "depth", "max_leaf", "balanced", "max_load", "code_style", "seed", "iterations", "subsample",
+            "chunk_size", "pca_dim", "whiten",
+        )  # fmt: skip
+        tensors = {f"projection.{name}": value for name, value in projection.tensors().items()}
+        tensors |= {"centroids": self.centroids_VP, "codes": self.codes_NL}
+        write_tree(path, _FORMAT, {name: getattr(self, name) for name in names}, tree, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TreeIndexer:
+        """Read a file written by `save`; codes of the same features are identical.
+
+        Raises:
+            ArtifactError: not a file of `save`, or its tensors do not fit each other.
+        """
+        settings, children_V, tensors = read_tree(path, _FORMAT)
+        try:
+            indexer = cls(**settings)
+            indexer.tree = CodeTree(children_V, indexer.max_leaf, indexer.code_style)
+            indexer.centroids_VP, indexer.codes_NL = tensors["centroids"], tensors["codes"]
+            indexer.projection = PrincipalComponents.from_tensors(
+                {name.removeprefix("projection."): t for name, t in tensors.items() if name.startswith("projection.")}
+            )
+            indexer.tree.locate(indexer.codes_NL)
+        except (KeyError, TypeError, IncompatibleComponentsError) as error:
+            raise ArtifactError(f"{path}: its parts do not fit each other ({error}); save the tree again") from error
+        if len(indexer.centroids_VP) != len(indexer.tree.num_children_V):
+            raise ArtifactError(f"{path}: {len(indexer.centroids_VP)} centres for another number of nodes; save again")
+        return indexer
+
+    def _width(self, depth: int) -> int:
+        return self.branching[min(depth, len(self.branching) - 1)]
+
+    def _num_splits(self, num_items: int) -> int | None:
+        """Depth of all leaf clusters; None where every cluster decides for itself."""
+        if self.depth is None and not self.balanced:
+            return None
+        splits, room = 0, self.max_leaf
+        while splits < self.depth - 1 if self.depth is not None else room < num_items:
+            room *= self._width(splits)
+            splits += 1
+        if num_items > room:
+            raise TrainingError(
+                f"{num_items} items do not fit into a tree of depth={self.depth}, branching={self.branching} and "
+                f"max_leaf={self.max_leaf} ({room} leaves): raise one of them"
+            )
+        return splits
+
+    def _split(
+        self, x_RP: Tensor, depth: int, splits: int | None, generator: torch.Generator
+    ) -> tuple[np.ndarray, Tensor]:
+        """Codes and centres of the children of one node, within all size limits."""
+        num_points, width = len(x_RP), min(self._width(depth), len(x_RP))
+        low, high = 0, num_points
+        if self.balanced:
+            low, high = num_points // width, -(-num_points // width)
+        elif splits is not None:
+            high = min(high, self.max_leaf * math.prod(self._width(below) for below in range(depth + 1, splits)))
+        if self.max_load is not None:
+            high = min(high, math.ceil(self.max_load * num_points / width))
+        options: dict[str, Any] = {
+            "generator": generator, "iterations": self.iterations, "subsample": self.subsample,
+            "chunk_size": self.chunk_size,
+        }  # fmt: skip
+        exact = num_points <= _EXACT_POINTS and width * high <= 2 * _EXACT_POINTS
+        if not self.balanced or exact:
+            result = kmeans(x_RP, width, **options)
+            code_R, centroids_CP = result.codes_N.numpy(), result.centroids_CD
+            size_C = np.bincount(code_R, minlength=width)
+            stuck = splits is None and int(size_C.max()) == num_points  # (nearly) equal vectors: cut into even pieces
+            if low <= size_C.min() and size_C.max() <= high and not stuck:
+                return code_R, centroids_CP
+            high = -(-num_points // width) if stuck else high
+        if exact:
+            for _ in range(self.iterations):
+                before_R = code_R
+                code_R = optimal_assignment(_cost(x_RP, centroids_CP), low, high)
+                centroids_CP = _centres(x_RP, code_R, centroids_CP)
+                if np.array_equal(code_R, before_R):
+                    break
+            return code_R, centroids_CP
+        result = kmeans(x_RP, width, max_load=max(1.0, high * width / num_points), **options)
+        cost_RC = _cost(x_RP, result.centroids_CD) + result.price_C.numpy()
+        quota_C = np.full(width, high)
+        if low < high and self.balanced:  # the codes that draw most points get the one more
+            most = np.argsort(-np.bincount(cost_RC.argmin(1), minlength=width), kind="stable")
+            quota_C[most[num_points - low * width :]] = low
+        code_R = quota_assignment(cost_RC, quota_C)
+        return code_R, _centres(x_RP, code_R, result.centroids_CD)
+
+    def _fitted(self) -> tuple[CodeTree, PrincipalComponents]:
+        if self.tree is None or self.projection is None:
+            raise TrainingError("the tree is not fitted: call fit(features) or load(path) first")
+        return self.tree, self.projection
+
+
+def _canonical_order(x_ND: Tensor) -> Tensor:
+    """An order of the rows that depends on their values alone, so that clustering cannot depend on the given order."""
+    rows = np.ascontiguousarray(x_ND.numpy() + np.float32(0))  # + 0 turns -0.0 into 0.0
+    return torch.from_numpy(np.argsort(rows.view(f"S{rows.itemsize * rows.shape[1]}").ravel(), kind="stable"))
+
+
+def _cost(x_RP: Tensor, centroids_CP: Tensor) -> np.ndarray:
+    """Squared distances (R, C) up to a constant per row, float32."""
+    return torch.addmm(centroids_CP.pow(2).sum(1), x_RP, centroids_CP.t(), alpha=-2).numpy()
+
+
+def _centres(x_RP: Tensor, code_R: np.ndarray, centroids_CP: Tensor) -> Tensor:
+    """Means of the codes; a code without points keeps its centre."""
+    codes_R = torch.from_numpy(code_R)
+    count_C1 = torch.bincount(codes_R, minlength=len(centroids_CP))[:, None]
+    return torch.where(
+        count_C1 > 0, cluster_sums(x_RP, codes_R, len(centroids_CP)) / count_C1.clamp_min(1), centroids_CP
+    )
+
+
+def write_tree(path: str | Path, form: str, settings: dict[str, Any], tree: CodeTree, tensors: dict[str, Any]) -> None:
+    """One safetensors file: the tree's shape, further tensors, and the settings as JSON under the key `form`."""
+    tensors = {"num_children": torch.from_numpy(tree.num_children_V), **tensors}
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+        str(path),
+        metadata={form: json.dumps(settings)},  # one key: safetensors writes several in any order
+    )
+
+
+def read_tree(path: str | Path, form: str) -> tuple[dict[str, Any], np.ndarray, dict[str, Tensor]]:
+    """Settings, children of the nodes, and the other tensors of a file of `write_tree`.
+
+    Raises:
+        ArtifactError: not a file of `write_tree` with this `form`.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file ({error}); save the tree again") from error
+    if form not in metadata or "num_children" not in tensors:
+        raise ArtifactError(f"{path}: not a tree file of this version ({form} is not in its header)")
+    return json.loads(metadata[form]), tensors.pop("num_children").numpy(), tensors

@@ -1,0 +1,323 @@
+"""S-DPO: the loss against the paper's formula and TRL's DPO, references, exact accumulation, bad rows."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from hf_genrec.alignment.trainers.preference_loss import padded_rejected, softmax_preference_loss, step_counts
+from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, SoftmaxPreferenceCollator
+from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.identifiers.tokenization_item import ItemTokenizer
+
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "initializer_range": 0.5,
+}  # fmt: skip
+
+
+def item_tokenizer() -> ItemTokenizer:
+    return ItemTokenizer.from_codes([f"i{i}" for i in range(16)], [[i // 4, i % 4] for i in range(16)])
+
+
+def causal_lm(kind: str = "llama", seed: int = 0, vocab_size: int = 12):
+    torch.manual_seed(seed)
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, pad_token_id=0, **SIZES))
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, pad_token_id=0, head_dim=8, **SIZES))
+
+
+def rows(counts: list[int], seed: int = 0) -> Dataset:
+    """Item-token rows with prompts and answers of several lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    table = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for count in counts:
+        items = torch.randperm(16, generator=generator).tolist()
+        history, answers = items[: 1 + len(table["chosen_ids"]) % 3], items[4 : 5 + count]
+        tokens = [[4 + item // 4, 8 + item % 4] + [5] * (item % 2) for item in answers]
+        table["prompt_ids"].append([token for item in history for token in (4 + item // 4, 8 + item % 4)])
+        table["chosen_ids"].append(tokens[0])
+        table["rejected_ids"].append(tokens[1:])
+    return Dataset.from_dict(table)
+
+
+def arguments(folder, kind=SoftmaxDPOConfig, **options):
+    values = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1, "beta": 0.5,
+        "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True,
+        "save_strategy": "no", "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return kind(output_dir=str(folder), **{**values, **options})
+
+
+def train(folder, dataset, model=None, **options):
+    """(losses, log entries, trainer)."""
+    named = ("ref_model", "peft_config", "data_collator", "processing_class", "eval_dataset")
+    trainer_options = {name: options.pop(name) for name in named if name in options}
+    trainer_options.setdefault("processing_class", item_tokenizer())
+    trainer = SoftmaxDPOTrainer(
+        model if model is not None else causal_lm(),
+        args=arguments(folder, **options),
+        train_dataset=dataset,
+        **trainer_options,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in logs], logs, trainer
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def test_loss_is_the_formula_of_the_paper():
+    torch.manual_seed(0)
+    chosen_B, rejected_BK = torch.randn(5, dtype=torch.double), torch.randn(5, 4, dtype=torch.double)
+    inner_B = -torch.log(torch.exp(0.7 * (rejected_BK - chosen_B[:, None])).sum(1))
+    expected_B = -torch.log(1 / (1 + torch.exp(-inner_B)))
+    torch.testing.assert_close(softmax_preference_loss(chosen_B, rejected_BK, beta=0.7), expected_B)
+
+
+def test_loss_is_invariant_to_the_order_of_the_rejected_and_ignores_padding():
+    torch.manual_seed(1)
+    chosen_B, values_R, counts_B = torch.randn(3), torch.randn(6), torch.tensor([1, 3, 2])
+    table_BK, there_BK = padded_rejected(values_R, counts_B)
+    loss_B = softmax_preference_loss(chosen_B, table_BK, there_BK, beta=1.0)
+    for row, part_K in enumerate(values_R.split(counts_B.tolist())):
+        alone = softmax_preference_loss(chosen_B[row : row + 1], part_K.flip(0)[None], beta=1.0)
+        torch.testing.assert_close(alone, loss_B[row : row + 1])
+
+
+def test_gradient_of_a_rejected_answer_is_its_share_of_the_softmax():
+    rejected_BK = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
+    softmax_preference_loss(torch.tensor([0.1]), rejected_BK, beta=0.8).sum().backward()
+    shares_BK = rejected_BK.grad / rejected_BK.grad.sum()
+    torch.testing.assert_close(shares_BK, torch.softmax(0.8 * rejected_BK.detach(), dim=1))
+
+
+@pytest.mark.parametrize("gap", [-2000.0, 2000.0])
+def test_loss_stays_finite_where_exponentials_do_not(gap):
+    chosen_B = torch.tensor([gap], requires_grad=True)
+    loss_B = softmax_preference_loss(chosen_B, torch.zeros(1, 3), beta=1.0)
+    loss_B.sum().backward()
+    assert torch.isfinite(loss_B).all() and torch.isfinite(chosen_B.grad).all()
+    assert math.isclose(loss_B.item(), max(0.0, -gap + math.log(3)), rel_tol=1e-6, abs_tol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- the trainer
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_one_rejected_answer_is_trl_dpo(tmp_path, kind):
+    """Same text rows, same losses and rewards at every step, same weights at the end."""
+    words = [f"<a_{i // 4}><b_{i % 4}>" for i in range(16)]
+    text = Dataset.from_dict(
+        {
+            "prompt": [words[i] + words[(3 * i + 1) % 16] for i in range(8)],
+            "chosen": [words[(i + 5) % 16] for i in range(8)],
+            "rejected": [words[(i + 9) % 16] for i in range(8)],
+        }
+    )
+    model, reference = causal_lm(kind), causal_lm(kind, seed=1)
+    theirs_model = copy.deepcopy(model)
+    _, ours, _ = train(tmp_path / "a", text, model=model, ref_model=copy.deepcopy(reference))
+    theirs = DPOTrainer(
+        theirs_model, ref_model=reference, args=arguments(tmp_path / "b", DPOConfig), train_dataset=text,
+        processing_class=item_tokenizer(),
+    )  # fmt: skip
+    theirs.train()
+    expected = [entry for entry in theirs.state.log_history if "loss" in entry]
+    assert len(ours) == len(expected) == 4
+    names = (
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+        "logps/rejected", "grad_norm",
+    )  # fmt: skip
+    for mine, other in zip(ours, expected):
+        for name in names:
+            assert mine[name] == pytest.approx(other[name], abs=1e-6, rel=1e-5), name
+    for mine, other in zip(model.parameters(), theirs_model.parameters()):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_first_loss_is_log_of_k_plus_one(tmp_path, count):
+    losses, logs, _ = train(tmp_path, rows([count] * 4), max_steps=1)
+    assert losses[0] == pytest.approx(math.log(count + 1), abs=1e-6)
+    assert logs[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_first_loss_with_lora_and_with_an_adapter_that_is_trained_on(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    data = rows([3] * 8)
+    losses, logs, trainer = train(tmp_path / "new", data, peft_config=config)
+    assert trainer.ref_model is None  # the disabled adapter
+    assert losses[0] == pytest.approx(math.log(4), abs=1e-6) and losses[-1] < losses[0]
+    assert logs[-1]["rewards/margins"] > 0
+
+    tuned = get_peft_model(causal_lm(), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    losses, _, _ = train(tmp_path / "old", data, model=tuned)
+    assert losses[0] == pytest.approx(math.log(4), abs=1e-6) and losses[-1] < losses[0]
+
+
+def test_the_reference_is_the_policy_in_memory_and_stays(tmp_path):
+    model = causal_lm()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, _, trainer = train(tmp_path, rows([2] * 8), model=model)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.ref_model.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # a second round on the trained policy starts from that policy, not from the first reference
+    losses, _, _ = train(tmp_path, rows([2] * 8, seed=1), model=model, max_steps=1)
+    assert losses[0] == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_steps_do_not_depend_on_how_they_are_cut(tmp_path):
+    """11 rows with 1 to 4 rejected answers: batches of 8, 4 x 2 and 2 x 4 make the same steps, the last one short."""
+    data = rows([1, 4, 2, 3, 1, 2, 4, 3, 2, 1, 3])
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "beta": 1.0}
+    whole, logs, first = train(tmp_path / "8", data, per_device_train_batch_size=8, **options)
+    assert len(whole) == 4
+    for size, steps in ((4, 2), (2, 4)):
+        parts, parts_logs, second = train(
+            tmp_path / str(size), data, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options
+        )
+        assert parts == pytest.approx(whole, abs=1e-5)
+        for one, other in zip(logs, parts_logs):
+            assert one["rewards/margins"] == pytest.approx(other["rewards/margins"], abs=1e-5)
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        for one, other in zip(first.model.parameters(), second.model.parameters()):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_padding_side_does_not_matter(tmp_path, kind):
+    data = rows([1, 4, 2, 3, 1, 2, 4, 3])
+    right, _, _ = train(tmp_path / "r", data, model=causal_lm(kind))
+    tokenizer = item_tokenizer()
+    tokenizer.padding_side = "right"
+    collator = SoftmaxPreferenceCollator(0, padding_side="left", pad_to_multiple_of=8)
+    left, _, _ = train(tmp_path / "l", data, model=causal_lm(kind), data_collator=collator, processing_class=tokenizer)
+    assert left == pytest.approx(right, abs=1e-5)
+
+
+def test_precomputed_reference_gives_the_same_losses(tmp_path):
+    data, reference = rows([1, 4, 2, 3, 1, 2, 4, 3]), causal_lm(seed=1)
+    kept, _, _ = train(tmp_path / "k", data, ref_model=copy.deepcopy(reference))
+    computed, _, trainer = train(
+        tmp_path / "p", data, ref_model=reference, precompute_ref_log_probs=True, precompute_ref_batch_size=3
+    )
+    assert computed == pytest.approx(kept, abs=1e-5)
+    stored = trainer.train_dataset
+    assert len(stored[1]["ref_rejected_logps"]) == 4
+    given, _, _ = train(tmp_path / "g", stored, precompute_ref_log_probs=True)  # no reference model at all
+    assert given == pytest.approx(kept, abs=1e-5)
+    alone, _, _ = train(tmp_path / "n", data, precompute_ref_log_probs=True, max_steps=1, per_device_train_batch_size=8)
+    expected = sum(math.log(k + 1) for k in [1, 4, 2, 3, 1, 2, 4, 3]) / 8
+    assert alone[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_weighs_prompts_and_accuracy_means_all_rejected(tmp_path):
+    data = rows([1, 4, 2, 3, 1])
+    _, _, trainer = train(tmp_path, data, ref_model=causal_lm(seed=1), eval_dataset=data, per_device_eval_batch_size=8)
+    whole = trainer.evaluate()
+    trainer.args.per_device_eval_batch_size = 2
+    pieces = trainer.evaluate()
+    assert pieces["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-5)
+    accuracy = trainer.state.log_history[-1]["eval_rewards/accuracies"]
+    batch = trainer.data_collator([data[i] for i in range(5)])
+    with torch.no_grad():
+        ref_B, ref_BK = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+        keep, trainer.ref_model = trainer.ref_model, trainer.model
+        now_B, now_BK = trainer.compute_ref_log_probs(trainer.model, batch)
+        trainer.ref_model = keep
+    wins = 0
+    for row, count in enumerate(batch["rejected_counts"].tolist()):
+        wins += bool(((now_B[row] - ref_B[row]) > (now_BK[row, :count] - ref_BK[row, :count])).all())
+    assert accuracy == pytest.approx(wins / 5)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_text_and_messages_are_encoded_behind_one_prompt(tmp_path, chat):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import TokenizersBackend
+
+    words = ["<pad>", "<end>", "user", "assistant", *"abcdefgh"]
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    tokenizer = TokenizersBackend(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", unk_token="<pad>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    if chat:
+        row = {
+            "prompt": [{"role": "user", "content": "a b"}],
+            "chosen": [{"role": "assistant", "content": "c"}],
+            "rejected": [[{"role": "assistant", "content": text}] for text in ("d e", "f")],
+        }
+        expected = [[2, 4, 5, 1, 3], [6, 1], [[7, 8, 1], [9, 1]]]
+    else:
+        row = {"prompt": "a b ", "chosen": "c <end>", "rejected": ["d e <end>", "f <end>"]}
+        expected = [[4, 5], [6, 1], [[7, 8, 1], [9, 1]]]
+    data = Dataset.from_list([row, row])
+    losses, _, trainer = train(tmp_path, data, processing_class=tokenizer, max_steps=1)
+    assert [trainer.train_dataset[0][name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")] == expected
+    assert losses[0] == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_counts_of_a_step():
+    class One:
+        num_processes = 1
+
+    batches = [
+        {"rejected_counts": torch.tensor([1, 2]), "chosen_tokens": torch.tensor([3, 4])},
+        {"rejected_counts": torch.tensor([5]), "chosen_tokens": torch.tensor([2])},
+    ]
+    assert step_counts(batches, One(), torch.device("cpu")).tolist() == [3, 9]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected_ids": [[[4, 8], [4, 8]]]}, "row 0: rejected answers 0 and 1 are the same"),
+        ({"rejected_ids": [[[5, 9]]]}, "row 0: rejected answer 0 equals the chosen one"),
+        ({"rejected_ids": [[]]}, "row 0: there is no rejected answer"),
+        ({"rejected_ids": [[[]]]}, "row 0: rejected answer 0 is empty"),
+        ({"prompt_ids": [[]]}, "row 0: the prompt is empty"),
+        ({"chosen_ids": [[]]}, "row 0: the chosen answer is empty"),
+        ({"prompt_ids": [[4, 8] * 10]}, "row 0: 20 prompt tokens and an answer of 2 tokens exceed max_length=16"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, change, message):
+    table = {"prompt_ids": [[4, 8]], "chosen_ids": [[5, 9]], "rejected_ids": [[[6, 10]]], **change}
+    with pytest.raises(TrainingError, match=message):
+        train(tmp_path, Dataset.from_dict(table), max_length=16)
+
+
+def test_bad_options_and_models(tmp_path):
+    with pytest.raises(TrainingError, match="loss_type"):
+        arguments(tmp_path, loss_type="ipo")
+    with pytest.raises(TrainingError, match="ld_alpha"):
+        arguments(tmp_path, ld_alpha=0.5)
+    with pytest.raises(TrainingError, match="beta"):
+        arguments(tmp_path, beta=0.0)
+    with pytest.raises(IncompatibleComponentsError, match="13 tokens, the policy 12"):
+        train(tmp_path, rows([1]), ref_model=causal_lm(vocab_size=13))
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1))
+    with pytest.raises(TrainingError, match="Seq2SeqPreferenceTrainer"):
+        train(tmp_path, rows([1]), model=t5)
