@@ -10,14 +10,11 @@ L levels (slices, digits), C codes of a level.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ArtifactError, IncompatibleComponentsError, TrainingError
@@ -32,6 +29,7 @@ from .kmeans import (
     nearest,
     restart_dead_codes,
 )
+from .quantizer_file import read_quantizer, write_quantizer
 
 _FORMAT = "hf_genrec.product_quantizer.1"
 
@@ -224,11 +222,7 @@ class ProductQuantizer:
             "whiten": self.whiten,
             "few_points": self.few_points,
         }
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            str(path),
-            metadata={_FORMAT: json.dumps(settings)},  # one key: safetensors writes several in any order
-        )
+        write_quantizer(path, _FORMAT, settings, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> ProductQuantizer:
@@ -237,19 +231,8 @@ class ProductQuantizer:
         Raises:
             ArtifactError: not a file of `save`, or its tensors do not match its settings.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except Exception as error:
-            raise ArtifactError(
-                f"{path}: not a readable safetensors file ({error}); save the quantizer again"
-            ) from error
-        if _FORMAT not in metadata:
-            raise ArtifactError(
-                f"{path}: not a product quantizer file of this version ({_FORMAT} is not in its header)"
-            )
-        quantizer = cls(**json.loads(metadata[_FORMAT]))
+        settings, tensors = read_quantizer(path, _FORMAT, "product quantizer")
+        quantizer = cls(**settings)
         try:
             quantizer.codebooks = [tensors[f"codebook.{level}"] for level in range(quantizer.num_levels)]
             quantizer.rotation_PP = tensors["rotation"] if quantizer.rotate else None

@@ -9,20 +9,18 @@ outliers (one item each) and leaves one crowded cluster.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from ..features import PrincipalComponents
 from .kmeans import DEFAULT_CHUNK, FEW_POINTS, check_features, kmeans, nearest
+from .quantizer_file import read_quantizer, write_quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +169,7 @@ class ResidualKMeans:
             "max_load": self.max_load,
             "few_points": self.few_points,
         }
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            str(path),
-            metadata={_FORMAT: json.dumps(settings)},  # one key: safetensors writes several in any order
-        )
+        write_quantizer(path, _FORMAT, settings, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> ResidualKMeans:
@@ -184,17 +178,8 @@ class ResidualKMeans:
         Raises:
             ArtifactError: not a file of `save`, or its tensors do not match its settings.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except Exception as error:
-            raise ArtifactError(
-                f"{path}: not a readable safetensors file ({error}); save the quantizer again"
-            ) from error
-        if _FORMAT not in metadata:
-            raise ArtifactError(f"{path}: not a residual k-means file of this version ({_FORMAT} is not in its header)")
-        quantizer = cls(**json.loads(metadata[_FORMAT]))
+        settings, tensors = read_quantizer(path, _FORMAT, "residual k-means")
+        quantizer = cls(**settings)
         try:
             quantizer.codebooks = [tensors[f"codebook.{level}"] for level in range(quantizer.num_levels)]
             quantizer.prices = [tensors[f"price.{level}"] for level in range(quantizer.num_levels)]

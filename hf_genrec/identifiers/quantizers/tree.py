@@ -10,7 +10,6 @@ Shape suffixes: N items, M new items, R items of one node, D feature dimensions,
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -28,6 +25,7 @@ from ...errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from ..collisions import as_array
 from ..features import PrincipalComponents
 from .kmeans import DEFAULT_CHUNK, check_features, cluster_sums, kmeans
+from .quantizer_file import read_quantizer, write_quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -525,11 +523,7 @@ def _centres(x_RP: Tensor, code_R: np.ndarray, centroids_CP: Tensor) -> Tensor:
 def write_tree(path: str | Path, form: str, settings: dict[str, Any], tree: CodeTree, tensors: dict[str, Any]) -> None:
     """One safetensors file: the tree's shape, further tensors, and the settings as JSON under the key `form`."""
     tensors = {"num_children": torch.from_numpy(tree.num_children_V), **tensors}
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        str(path),
-        metadata={form: json.dumps(settings)},  # one key: safetensors writes several in any order
-    )
+    write_quantizer(path, form, settings, tensors)
 
 
 def read_tree(path: str | Path, form: str) -> tuple[dict[str, Any], np.ndarray, dict[str, Tensor]]:
@@ -538,12 +532,7 @@ def read_tree(path: str | Path, form: str) -> tuple[dict[str, Any], np.ndarray, 
     Raises:
         ArtifactError: not a file of `write_tree` with this `form`.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:
-        raise ArtifactError(f"{path}: not a readable safetensors file ({error}); save the tree again") from error
-    if form not in metadata or "num_children" not in tensors:
-        raise ArtifactError(f"{path}: not a tree file of this version ({form} is not in its header)")
-    return json.loads(metadata[form]), tensors.pop("num_children").numpy(), tensors
+    settings, tensors = read_quantizer(path, form, "tree")
+    if "num_children" not in tensors:
+        raise ArtifactError(f"{path}: tensor 'num_children' is missing; save the tree again")
+    return settings, tensors.pop("num_children").numpy(), tensors
