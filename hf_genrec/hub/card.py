@@ -138,6 +138,15 @@ def _default_title(recipe: Mapping[str, Any], facts: ModelFacts | None, metrics:
     return f"{name} on {metrics['dataset']}" if metrics else str(name)
 
 
+def _naming(tokenizer: Any) -> str:
+    if hasattr(tokenizer, "item_end_token"):
+        return f"texts of at most {tokenizer.num_levels} tokens (vocabulary {tokenizer.codebook_sizes[0]:,})"
+    sizes = list(tokenizer.codebook_sizes)
+    if len(sizes) > 4 and len(set(sizes)) == 1:
+        return f"{len(sizes)} codes each ({len(sizes)} codebooks of {sizes[0]})"
+    return f"{len(sizes)} codes each (codebooks {' × '.join(map(str, sizes))})"
+
+
 def _description(
     facts: ModelFacts | None, tokenizer: Any, recipe: Mapping[str, Any], card_data: Mapping[str, Any]
 ) -> str:
@@ -148,10 +157,9 @@ def _description(
         size = f" with {facts.parameters:,} parameters" if facts.parameters else ""
         parts.append(f"A generative recommender ({code(facts.name)}{size}).")
     if hasattr(tokenizer, "num_items"):
-        sizes = " × ".join(str(size) for size in tokenizer.codebook_sizes)
         parts.append(
             f"It reads a history of item ids and generates the identifier of the next item, for a fixed catalogue of "
-            f"{tokenizer.num_items:,} items named by {tokenizer.num_levels} codes each (codebooks {sizes})."
+            f"{tokenizer.num_items:,} items named by {_naming(tokenizer)}."
         )
     if recipe.get("name"):
         status = f", status {code(recipe['status'])}" if recipe.get("status") else ""
@@ -170,7 +178,11 @@ def usage(facts: ModelFacts | None, tokenizer: Any) -> str:
     auto = next(
         (
             auto_class
-            for suffix, auto_class in (("ForConditionalGeneration", "Seq2SeqLM"), ("ForCausalLM", "CausalLM"))
+            for suffix, auto_class in (
+                ("ForConditionalGeneration", "Seq2SeqLM"),
+                ("ForCausalLM", "CausalLM"),
+                ("ForMaskedLM", "MaskedLM"),
+            )
             if facts.name.endswith(suffix)
         ),
         None,

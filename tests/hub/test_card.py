@@ -225,3 +225,19 @@ def test_template_is_packaged():
     import hf_genrec.hub.card as card
 
     assert Path(card.TEMPLATE).read_text(encoding="utf-8").startswith("---\n")
+
+
+def test_identifiers_are_described_as_what_they_are():
+    import numpy as np
+
+    from hf_genrec.hub.card import _naming
+    from hf_genrec.identifiers.text_vocabulary import train_text_tokenizer
+    from hf_genrec.identifiers.tokenization_item_words import ItemWordsTokenizer
+
+    assert _naming(ItemTokenizer.from_codes(["a"], [[0, 1]], [4, 5])) == "2 codes each (codebooks 4 × 5)"
+    long = ItemTokenizer.from_codes(["a"], np.zeros((1, 32), int), [64] * 32)
+    assert _naming(long) == "32 codes each (32 codebooks of 64)"
+    words = ItemWordsTokenizer.from_texts(train_text_tokenizer(["ab"], 260), ["a"], ["ab"])
+    assert _naming(words) == f"texts of at most {words.num_levels} tokens (vocabulary {len(words)})"
+    masked = ModelFacts("LLaDARecForMaskedLM", "llada_rec", 10, "hf_genrec")
+    assert "AutoModelForMaskedLM.from_pretrained" in model_card(model=masked, tokenizer=long)
