@@ -354,9 +354,15 @@ class CatalogueMixin:
         if ragged and return_tensors is not None:
             raise IncompatibleComponentsError("rows of different lengths make no tensor: use padding=True")
 
+        return self._packed(lengths_B, self.item_token_table[index_n], user_ids, ragged, return_tensors, skipped)
+
+    def _packed(
+        self, lengths_B: np.ndarray, tokens_nL: np.ndarray, user_ids, ragged: bool, return_tensors, skipped: int
+    ) -> BatchEncoding:
+        """Rows of `lengths_B` entries of `tokens_nL` as the encoding that was asked for, user and end tokens put on."""
         input_ids_BW, attention_BW = padded_tokens(
             lengths_B,
-            self.item_token_table[index_n],
+            tokens_nL,
             pad_id=self.pad_token_id,
             head_B=self._user_token_ids(user_ids, len(lengths_B)),
             eos_id=self.eos_token_id if self.history_eos else None,

@@ -35,16 +35,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import torch
 from transformers import BatchEncoding
 
 from ..errors import ArtifactError, IncompatibleComponentsError, ItemTableError, UnknownItemError
 from .catalogue import item_token, item_tokens, level_number, user_tokens
 from .catalogue_file import FILE_NAME, Catalogue
-from .histories import newest_items, padded_tokens
+from .histories import newest_items
 from .set_bpe import build_set_vocabulary
 from .set_continuations import SetContinuations
 from .set_merges_file import MERGES_FILE_NAME, read_merges, write_merges
@@ -335,25 +333,8 @@ class ActionPieceTokenizer(ItemTokenizer):
         rows = self._segmented(lengths_B, index_n, self._segmentation_seed if seed is None else seed, draw_B)
         lengths_B = np.fromiter(map(len, rows), np.int64, len(rows))
         pieces_n = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths_B.sum()))
-        input_ids_BW, attention_BW = padded_tokens(
-            lengths_B,
-            pieces_n[:, None] + self._first_code_id,
-            pad_id=self.pad_token_id,
-            head_B=self._user_token_ids(user_ids, len(lengths_B)),
-            eos_id=self.eos_token_id if self.history_eos else None,
-            left=self.padding_side == "left",
-        )
-        data: dict[str, Any] = {"input_ids": input_ids_BW, "attention_mask": attention_BW}
-        if ragged:
-            kept = [row[mask == 1].tolist() for row, mask in zip(input_ids_BW, attention_BW)]
-            data = {"input_ids": kept, "attention_mask": [[1] * len(row) for row in kept]}
-        elif return_tensors is None:
-            data = {name: array.tolist() for name, array in data.items()}
-        elif return_tensors == "pt":
-            data = {name: torch.from_numpy(array) for name, array in data.items()}
-        encoding = BatchEncoding(data)
-        encoding.skipped_items = skipped  # type: ignore[attr-defined]
-        return encoding
+        tokens_n1 = pieces_n[:, None] + self._first_code_id
+        return self._packed(lengths_B, tokens_n1, user_ids, ragged, return_tensors, skipped)
 
     def _segmented(
         self, lengths_B: np.ndarray, index_n: np.ndarray, seed: Seed | None, draw_B: np.ndarray | None
