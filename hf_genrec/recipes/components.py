@@ -47,23 +47,23 @@ _PRODUCT_OPTIONS: Options = {
 
 QUANTIZERS: dict[str, Component] = {
     "item_words": Component(
-        "hf_genrec.recipes.stages:item_words_tokenizer",
+        "hf_genrec.recipes.stages.words:item_words_tokenizer",
         frozenset({"text_identifiers", "tokenizer"}),
         frozenset({"item_text"}),
         {"fields": list, "vocab_size": int, "text_tokenizer": str, "max_tokens": int},
     ),
-    "atomic": Component("hf_genrec.recipes.stages:atomic_codes", frozenset({"fixed_length", "single_code"})),
+    "atomic": Component("hf_genrec.recipes.stages.codes:atomic_codes", frozenset({"fixed_length", "single_code"})),
     "residual_kmeans": Component(
-        "hf_genrec.recipes.stages:residual_kmeans_codes", _CODES, frozenset({"item_vectors"}), _KMEANS_OPTIONS
+        "hf_genrec.recipes.stages.codes:residual_kmeans_codes", _CODES, frozenset({"item_vectors"}), _KMEANS_OPTIONS
     ),
     "opq": Component(
-        "hf_genrec.recipes.stages:opq_codes",
+        "hf_genrec.recipes.stages.codes:opq_codes",
         frozenset({"fixed_length"}),
         frozenset({"item_vectors"}),
         _PRODUCT_OPTIONS | {"rounds": int},
     ),
     "multi_head_vq": Component(
-        "hf_genrec.recipes.stages:multi_head_vq_codes",
+        "hf_genrec.recipes.stages.learned:multi_head_vq_codes",
         frozenset({"fixed_length"}),
         frozenset({"item_vectors"}),
         {
@@ -76,10 +76,13 @@ QUANTIZERS: dict[str, Component] = {
         },
     ),
     "pq": Component(
-        "hf_genrec.recipes.stages:pq_codes", frozenset({"fixed_length"}), frozenset({"item_vectors"}), _PRODUCT_OPTIONS
+        "hf_genrec.recipes.stages.codes:pq_codes",
+        frozenset({"fixed_length"}),
+        frozenset({"item_vectors"}),
+        _PRODUCT_OPTIONS,
     ),
     "rq_vae": Component(
-        "hf_genrec.recipes.stages:rq_vae_codes",
+        "hf_genrec.recipes.stages.learned:rq_vae_codes",
         _CODES,
         frozenset({"item_vectors"}),
         {
@@ -133,13 +136,19 @@ MODELS: dict[str, Component] = {
 
 FEATURES: dict[str, Component] = {
     "text": Component(
-        "hf_genrec.recipes.stages:text_block",
+        "hf_genrec.recipes.stages.features:text_block",
         frozenset({"item_vectors"}),
         options={"encoder": str, "fields": list, "dim": int, "when_missing": str},
     ),
     "cooccurrence": Component(
-        "hf_genrec.recipes.stages:cooccurrence_block",
+        "hf_genrec.recipes.stages.features:cooccurrence_block",
         frozenset({"item_vectors"}),
         options={"dim": int, "window": int, "damping": str},
     ),
+}
+
+LOSSES: dict[str, Component] = {}
+
+METHODS: dict[str, Component] = {
+    "next_item": Component("hf_genrec.recipes.stages.training:next_item"),
 }

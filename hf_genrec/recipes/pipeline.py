@@ -22,7 +22,6 @@ import torch
 from tqdm.auto import trange
 
 from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
-from hf_genrec.alignment.trainers.recommender import train_recommender
 from hf_genrec.artifacts import check_target
 from hf_genrec.data.interactions import RecommendationData, load_data
 from hf_genrec.data.splits import Split, make_split
@@ -37,13 +36,12 @@ from hf_genrec.generation.configuration_recommendation import RecommendationConf
 from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.hub import save_artifact
 from hf_genrec.hub.metrics_file import build_metrics
-from hf_genrec.identifiers.collisions import resolve_collisions
-from hf_genrec.identifiers.health import identifier_health
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes import baselines as baseline_runs
-from hf_genrec.recipes.components import MODELS, QUANTIZERS
+from hf_genrec.recipes.build import build_identifiers, build_model
+from hf_genrec.recipes.components import METHODS, MODELS
 from hf_genrec.recipes.resolver import Recipe
-from hf_genrec.recipes.stages import facet_tables, feature_blocks, identifier_vectors, model_vectors, quantize
+from hf_genrec.recipes.stages.context import TrainingJob
 
 logger = logging.getLogger(__name__)
 KS = (1, 5, 10, 20, 50)
@@ -100,79 +98,6 @@ def load_data_section(
     data = load_data(dataset, items=items, data_dir=data_dir, require_text=require_text, **options)
     data = align(data) if align else data
     return data, make_split(data, protocol, **(fractions if protocol == "global_time" else {}))
-
-
-def build_tokenizer(
-    recipe: Recipe, data: RecommendationData, split: Split, *, seed: int, progress: bool = True
-) -> tuple[ItemTokenizer, np.ndarray | None, dict[str, Any]]:
-    """Identifiers for every item: the tokenizer, the model's input features (N, F) and the health of the codes."""
-    blocks = feature_blocks(recipe.features, data, split, progress)
-    component = QUANTIZERS[recipe.identifiers["quantizer"]]
-    if "tokenizer" in component.gives:  # identifiers that are no codes of a codebook: texts
-        options = {key: recipe.identifiers[key] for key in component.options if key in recipe.identifiers}
-        named = component.load()(data, **options)
-        shared = data.num_items - len(np.unique(named.codes, axis=0))
-        lengths = (named.codes >= 0).sum(axis=1)
-        record = {"collision_rate": shared / data.num_items, "tokens_per_item": float(lengths.mean())}
-        if progress:
-            print(f"{len(named)} tokens; {lengths.mean():.1f} per item, {shared} items share their text", flush=True)
-        return named, model_vectors(blocks, recipe.model.get("features")), record
-    names = recipe.identifiers.get("features", [])
-    vectors = identifier_vectors(names, blocks) if names else None
-    quantized = quantize(recipe.identifiers, vectors, data.num_items, seed, progress)
-    policy = recipe.identifiers.get("collisions", "keep")
-    before = identifier_health(quantized.codes_NL, quantized.codebook_sizes, vectors)
-    extra: dict[str, Any] = {}
-    if policy == "next_nearest":
-        extra = {"codebooks": quantized.codebooks, "features": quantized.features}
-    elif policy == "counter":
-        extra = {"priority": training_counts(split.train, data.num_items)}
-    codes, sizes = resolve_collisions(quantized.codes_NL, quantized.codebook_sizes, policy, **extra)
-    health = identifier_health(codes, sizes, vectors)
-    if progress and len(sizes) > 1:
-        print(health, flush=True)
-    tokenizer = ItemTokenizer.from_codes(
-        data.item_ids,
-        codes,
-        codebook_sizes=sizes,
-        num_user_tokens=recipe.identifiers.get("num_user_tokens", 0),
-        history_eos=recipe.identifiers.get("history_eos", False),
-    )
-    record = health.to_dict() | {"policy": policy, "before_policy": before.to_dict()}
-    return tokenizer, model_vectors(blocks, recipe.model.get("features")), record
-
-
-def build_model(
-    recipe: Recipe,
-    tokenizer: Any,
-    features_NF: np.ndarray | None,
-    *,
-    seed: int,
-    data: RecommendationData | None = None,
-) -> Any:
-    """A freshly initialised model of the recipe's type and sizes; `data` gives further item texts where it has facets."""
-    component = MODELS[recipe.model["type"]]
-    model_class = component.load()
-    options = {key: value for key, value in recipe.model.items() if key not in ("type", "features")}
-    if "sequence_training" in component.gives and hasattr(model_class.config_class, "max_position_embeddings"):
-        options.setdefault("max_position_embeddings", recipe.training.get("max_history", 50))
-    takes_features = "item_features" in component.gives
-    if takes_features:
-        options["item_feature_dim"] = 0 if features_NF is None else int(features_NF.shape[1])
-    facets = None
-    if options.get("facets"):
-        assert data is not None
-        facets = facet_tables(data, tokenizer, options["facets"])
-        options |= {"facet_levels": facets[0].shape[2], "marker_levels": facets[1].shape[1]}
-    torch.manual_seed(seed)
-    model = model_class(model_class.config_class.from_tokenizer(tokenizer, **options))
-    if takes_features:
-        model.set_catalogue(tokenizer.codes, features_NF)
-    elif hasattr(model, "set_catalogue"):
-        model.set_catalogue(tokenizer.codes)
-    if facets is not None:
-        model.set_facets(*facets)
-    return model
 
 
 @torch.no_grad()
@@ -257,8 +182,9 @@ def train_recipe(
         )
     try:
         with stages("identifiers"):
-            tokenizer, features, health = build_tokenizer(recipe, data, split, seed=seed, progress=progress)
-        model = build_model(recipe, tokenizer, features, seed=seed, data=data)
+            identifiers = build_identifiers(recipe, data, split, seed=seed, progress=progress)
+        tokenizer = identifiers.tokenizer
+        model = build_model(recipe, identifiers, seed=seed)
         generation = dict(recipe.generation)
         dense_weight = generation.pop("dense_weight", 0.0)
         at_validation = dense_weight == "validation"
@@ -267,19 +193,25 @@ def train_recipe(
         )
         checkpoints = folder.with_name(f"{folder.name}-checkpoints")
         settings: dict[str, Any] = {"output_dir": str(checkpoints), "seed": seed, "disable_tqdm": not progress}
-        args = RecommenderTrainingArguments(**settings | recipe.training)
+        training = dict(recipe.training)
+        method = METHODS[training.pop("method", "next_item")].load()
+        method_options = training.pop("method_options", None) or {}
+        args = RecommenderTrainingArguments(**settings | training)
         if not resume and checkpoints.is_dir():
             shutil.rmtree(checkpoints)
         with stages("training"):
-            trained = train_recommender(
+            job = TrainingJob(
+                recipe,
+                identifiers.context,
                 model,
                 tokenizer,
-                split,
                 args,
+                quantized=identifiers.quantized,
                 user_ids=data.user_ids if tokenizer.num_user_tokens else None,
-                resume_from_checkpoint=resume or None,
+                resume=resume,
             )
-        model = trained.model.eval()
+            trained = method(job, **method_options)
+        model, tokenizer = trained.model.eval(), trained.tokenizer
         reads_newest = hasattr(model.config, "max_position_embeddings")
         if reads_newest and "sequence_training" in MODELS[recipe.model["type"]].gives:
             # these models cut to their newest positions themselves, and may use older items as "seen"
@@ -300,7 +232,18 @@ def train_recipe(
             pending.stop()
         raise
     metrics = collect_metrics(
-        recipe, data, split, seed, report, variants, reports, health, fusion, trained.summary, stages.seconds, notes
+        recipe,
+        data,
+        split,
+        seed,
+        report,
+        variants,
+        reports,
+        identifiers.record,
+        fusion,
+        trained.summary,
+        stages.seconds,
+        notes,
     )
     with stages("saving"):
         save(folder, recipe, model, tokenizer, data, metrics, [report, *variants.values(), *reports.values()])

@@ -17,7 +17,7 @@ import yaml
 
 from hf_genrec.errors import IncompatibleComponentsError, RecipeError
 from hf_genrec.generation.strategies import DECODING_STRATEGIES
-from hf_genrec.recipes.components import FEATURES, MODELS, QUANTIZERS, Component
+from hf_genrec.recipes.components import FEATURES, LOSSES, METHODS, MODELS, QUANTIZERS, Component
 
 FOLDER = Path(__file__).parent
 STATUSES = ("composes", "smoke", "works", "parity", "reproduced")
@@ -38,7 +38,15 @@ DATA = {
     "validation_fraction": float,
     "test_fraction": float,
 }
-IDENTIFIERS = {"quantizer": str, "features": list, "collisions": str, "num_user_tokens": int, "history_eos": bool}
+IDENTIFIERS = {
+    "quantizer": str,
+    "features": list,
+    "losses": dict,
+    "collisions": str,
+    "collision_options": dict,
+    "num_user_tokens": int,
+    "history_eos": bool,
+}
 GENERATION = {
     "k": int,
     "num_beams": int,
@@ -180,7 +188,7 @@ def training_options() -> dict[str, Any]:
     from hf_genrec.alignment.trainers.recommender import RecommenderTrainingArguments
 
     kinds = (int, float, bool, str, list, dict)
-    extra = {"window": int, "max_history": int, "samples_per_epoch": int}
+    extra = {"window": int, "max_history": int, "samples_per_epoch": int, "method": str, "method_options": dict}
     return {f.name: kinds for f in fields(RecommenderTrainingArguments) if f.name != "output_dir"} | extra
 
 
@@ -286,11 +294,21 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
     _check("model", content["model"], model_options(content["model"]["type"]))
     for name in content["model"].get("features", []):
         _choice("model.features", name, content.get("features") or {})
-    _check("training", content.get("training") or {}, training_options())
+    training = content.get("training") or {}
+    _check("training", training, training_options())
+    method = _component("training.method", training.get("method", "next_item"), METHODS)
+    _check("training.method_options", training.get("method_options") or {}, method.options)
+    _check_losses(where, identifiers, quantizer, content.get("features") or {})
     _check_generation(where, content.get("generation") or {}, model)
     if "item_vectors" in quantizer.needs and not identifiers.get("features"):
         raise IncompatibleComponentsError(
             f"{where}: quantizer {identifiers['quantizer']!r} needs item vectors; name blocks in identifiers.features."
+        )
+    if not method.needs <= model.gives:
+        missing = ", ".join(sorted(method.needs - model.gives))
+        raise IncompatibleComponentsError(
+            f"{where}: training.method {training['method']!r} needs a model that gives {missing}, and "
+            f"{content['model']['type']!r} does not."
         )
     lacking = model.needs - quantizer.gives
     if lacking:
@@ -298,6 +316,21 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
         raise IncompatibleComponentsError(
             f"{where}: model {content['model']['type']!r} needs {', '.join(sorted(lacking))}, which quantizer "
             f"{identifiers['quantizer']!r} does not give; quantizers that fit: {', '.join(fitting)}."
+        )
+
+
+def _check_losses(where: str, identifiers: dict[str, Any], quantizer: Component, features: dict[str, Any]) -> None:
+    """Further loss terms exist, take these options, name blocks of the recipe, and the quantizer is one that learns."""
+    losses = identifiers.get("losses") or {}
+    for name, options in losses.items():
+        component = _component("identifiers.losses", name, LOSSES)
+        _check(f"identifiers.losses.{name}", options or {}, component.options)
+        if (options or {}).get("features") is not None:
+            _choice(f"identifiers.losses.{name}.features", options["features"], features)
+    if losses and "learned" not in quantizer.gives:
+        raise IncompatibleComponentsError(
+            f"{where}: identifiers.losses are for quantizers that are trained, and {identifiers['quantizer']!r} is not; "
+            f"those are: {', '.join(name for name, other in QUANTIZERS.items() if 'learned' in other.gives)}."
         )
 
 

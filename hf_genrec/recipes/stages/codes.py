@@ -1,0 +1,69 @@
+"""Codes that are fitted, not trained: atomic, residual k-means, product quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hf_genrec.recipes.stages.context import Quantized, StageContext
+
+
+def atomic_codes(context: StageContext, vectors: np.ndarray | None) -> Quantized:
+    """One code per item: the identifier of SASRec and of every classic sequential recommender."""
+    return Quantized(np.arange(context.num_items)[:, None], (context.num_items,))
+
+
+def residual_kmeans_codes(
+    context: StageContext,
+    vectors: np.ndarray,
+    *,
+    codebook_sizes: list[int],
+    iterations: int = 25,
+    pca_dim: int | None = None,
+    whiten: bool = False,
+    max_load: float | None = None,
+) -> Quantized:
+    """Residual k-means on the item vectors."""
+    from hf_genrec.identifiers.quantizers.residual_kmeans import ResidualKMeans
+
+    if pca_dim is not None:
+        pca_dim = min(pca_dim, vectors.shape[1])  # a recipe's default for wide features also fits narrow ones
+    quantizer = ResidualKMeans(
+        codebook_sizes,
+        seed=context.seed,
+        iterations=iterations,
+        pca_dim=pca_dim,
+        whiten=whiten,
+        max_load=max_load,
+        few_points="duplicate",
+    ).fit(vectors)
+    codes = quantizer.encode(vectors).numpy()
+    return Quantized(codes, tuple(codebook_sizes), quantizer.codebooks, quantizer.transform(vectors), quantizer)
+
+
+def opq_codes(
+    context: StageContext,
+    vectors: np.ndarray,
+    *,
+    num_codebooks: int,
+    codebook_size: int,
+    pca_dim: int | None = None,
+    **options: Any,
+) -> Quantized:
+    """Optimised product quantization on the item vectors: long codes whose digits have no order."""
+    from hf_genrec.identifiers.quantizers.product import ProductQuantizer
+
+    if pca_dim is not None:
+        pca_dim = min(pca_dim, vectors.shape[1])  # a recipe's default for wide features also fits narrow ones
+    sizes = [codebook_size] * num_codebooks
+    quantizer = ProductQuantizer(sizes, seed=context.seed, pca_dim=pca_dim, few_points="duplicate", **options).fit(
+        vectors
+    )
+    codes = quantizer.encode(vectors).numpy()
+    return Quantized(codes, tuple(sizes), quantizer.padded_codebooks(), quantizer.transform(vectors), quantizer)
+
+
+def pq_codes(context: StageContext, vectors: np.ndarray, **options: Any) -> Quantized:
+    """Product quantization on the item vectors, without a rotation."""
+    return opq_codes(context, vectors, rotate=False, **options)
