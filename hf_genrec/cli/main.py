@@ -1,4 +1,4 @@
-"""`genrec recipes | train | evaluate | recommend | doctor`: parse, call the library, print.
+"""`genrec recipes | train | evaluate | recommend | items | plots | doctor`: parse, call the library, print.
 
 Errors of the library print as one paragraph on stderr with exit code 2; `--traceback` shows more.
 """
@@ -27,6 +27,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one resolved with its provenance")
     recipes.add_argument("name", nargs="?", help="a recipe name or a YAML file")
+    recipes.add_argument("--table", help="compare recipes on one data set and budget: identifiers")
+    recipes.add_argument("--run", action="store_true", help="make the table anew instead of showing the recorded one")
+    _add_data_arguments(recipes, required=False)
+    recipes.add_argument("--output_dir", help="with --run: where finished runs, table.json and table.md go")
+    recipes.add_argument("--recipes", help="with --run: only these, separated by commas")
+    recipes.add_argument("--seeds", default="0,1,2", help="with --run: training seeds (default 0,1,2)")
+    recipes.add_argument(
+        "--train_seconds", type=float, default=120.0, help="with --run: processor seconds of training (default 120)"
+    )
+    recipes.add_argument("--processes", type=int, default=1, help="with --run: runs at the same time (default 1)")
 
     train = commands.add_parser(
         "train",
@@ -48,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--test_users", type=int, help="rank only so many test users (a shortened run, recorded as such)"
     )
-    train.add_argument("--dry_run", action="store_true", help="resolve and check the recipe, read no data")
+    train.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check the recipe and run it, cut down, on a generated catalogue: a second or two, your data is not read",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bars")
 
     evaluate = commands.add_parser(
@@ -70,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("--include_seen", action="store_true", help="items of the history may come back")
     recommend.add_argument("--allowed_items", help="item ids separated by commas: nothing else is recommended")
 
+    from hf_genrec.cli.items import add_items_parser
+    from hf_genrec.cli.plots import add_plots_parser
+
+    add_items_parser(commands)
+    add_plots_parser(commands)
     commands.add_parser("doctor", help="what is installed and what works offline")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -131,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    if options.command in ("recommend", "evaluate"):
+    if options.command in ("recommend", "evaluate", "items", "plots"):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # "Loading weights" says nothing to somebody who asked for recommendations
@@ -151,7 +170,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "recipes":
         from hf_genrec.cli.recipes import run_recipes
 
-        result, text = run_recipes(options.name)
+        result, text = run_recipes(options)
     elif options.command == "train":
         from hf_genrec.cli.train import run_train
 
@@ -164,6 +183,14 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from hf_genrec.cli.recommend import run_recommend
 
         result, text = run_recommend(options)
+    elif options.command == "items":
+        from hf_genrec.cli.items import run_items
+
+        result, text = run_items(options)
+    elif options.command == "plots":
+        from hf_genrec.cli.plots import run_plots
+
+        result, text = run_plots(options)
     else:
         from hf_genrec.cli.doctor import run_doctor
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
+from hf_genrec.errors import RequestError
 from hf_genrec.recipes.resolver import list_recipes, resolve_recipe
 
 
-def run_recipes(name: str | None) -> tuple[Any, str]:
+def run_recipes(options: argparse.Namespace) -> tuple[Any, str]:
     """JSON value and text to print."""
+    if options.table is not None:
+        return _table(options)
+    if options.run:
+        raise RequestError("--run makes a table anew: name it with --table.")
+    name = options.name
     if name is None:
         listed = list_recipes()
         width = max(len(row["name"]) for row in listed)
@@ -25,3 +32,27 @@ def run_recipes(name: str | None) -> tuple[Any, str]:
             source = recipe.provenance.get(f"{section}.{key}", "")
             lines.append(f"  {key}: {value}" + (f"   ({source})" if source else ""))
     return values, "\n".join(lines)
+
+
+def _table(options: argparse.Namespace) -> tuple[Any, str]:
+    """The committed table, or one made anew with `--run`."""
+    from hf_genrec.recipes.table import read_table, render_table, run_table
+
+    if not options.run:
+        table = read_table(options.table)
+    elif options.dataset is None or options.output_dir is None:
+        raise RequestError("--run needs --dataset NAME|PATH and --output_dir DIR.")
+    else:
+        table = run_table(
+            options.table,
+            options.dataset,
+            options.output_dir,
+            recipes=options.recipes.split(",") if options.recipes else None,
+            seeds=[int(seed) for seed in options.seeds.split(",")],
+            train_seconds=options.train_seconds,
+            processes=options.processes,
+            items=options.items,
+            data_dir=options.data_dir,
+            progress=not options.json,
+        )
+    return table, render_table(table)

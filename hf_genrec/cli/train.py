@@ -11,9 +11,14 @@ from hf_genrec.recipes.resolver import resolve_recipe
 def run_train(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Any, str]:
     """JSON value (metrics.json) and text to print."""
     recipe = resolve_recipe(options.recipe, overrides)
-    if options.dry_run:
-        return recipe.to_dict(), f"{recipe.name} resolves: {recipe.title}"
     import hf_genrec  # noqa: F401  (registers the Auto classes)
+
+    if options.dry_run:
+        from hf_genrec.recipes.dry_run import dry_run
+
+        found = dry_run(recipe)
+        text = f"{recipe.name} resolves, builds, takes a step and recommends on a generated catalogue: {recipe.title}"
+        return recipe.to_dict() | {"dry_run": found}, text
     from hf_genrec.evaluation.report import comparison_table, results_table
     from hf_genrec.recipes.pipeline import train_recipe
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from hf_genrec.data.sequences import Sequences, offsets_from_lengths
 from hf_genrec.data.splits import EvaluationSet
-from hf_genrec.errors import TrainingError
+from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 
 IGNORED = -100  # label that transformers' losses leave out
 
@@ -45,6 +45,7 @@ class WindowDataset(Dataset):
         sequences: training rows. Rows of fewer than two items have nothing to predict and give no sample.
         window: most targets of a sample.
         seed: of the cuts.
+        user_ids: id of each row, passed on for tokenizers with user tokens.
 
     Raises:
         TrainingError: no row has two items.
@@ -55,10 +56,12 @@ class WindowDataset(Dataset):
         (1, [4, 5, 6])
     """
 
-    def __init__(self, sequences: Sequences, window: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, sequences: Sequences, window: int, *, seed: int = 0, user_ids: Sequence[str] | None = None
+    ) -> None:
         if window < 1:
             raise ValueError(f"window={window}: use at least 1")
-        self.sequences, self.window, self.seed = sequences, int(window), int(seed)
+        self.sequences, self.window, self.seed, self.user_ids = sequences, int(window), int(seed), user_ids
         targets = sequences.lengths - 1
         self._rows = np.flatnonzero(targets >= 1)
         if not len(self._rows):
@@ -102,7 +105,10 @@ class WindowDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         begin = self._begin[index]
-        return {"items": self.sequences.items[begin : begin + self.lengths[index]]}
+        sample: dict[str, Any] = {"items": self.sequences.items[begin : begin + self.lengths[index]]}
+        if self.user_ids is not None:
+            sample["user_id"] = self.user_ids[self.rows[index]]
+        return sample
 
     @property
     def num_targets(self) -> int:
@@ -272,6 +278,59 @@ class PrefixCollator:
         batch = _encode(self.tokenizer, samples, self.max_items)
         batch["labels"] = self._table_NL[torch.tensor([sample["target"] for sample in samples])]
         return batch
+
+
+class PackedPrefixCollator:
+    """Windows -> every prefix of each at once, for encoder-decoder models with `causal_encoder` (models/t5_packed.py).
+
+    A window of n + 1 items is a history of n items (`input_ids`, `attention_mask`, both (B, S)) and n targets: `labels`
+    (B, T, L), the tokens of item t + 1, and `history_lengths` (B, T), how many of the row's real tokens target t may
+    see: those of the items up to t, and a user token before them. T is the most targets of the batch; labels of targets
+    that are not there are -100, their history lengths 0.
+
+    Args:
+        tokenizer: an item tokenizer.
+
+    Raises:
+        IncompatibleComponentsError: the tokenizer ends histories with a token of their own, which a prefix inside a
+            window has not; or it does not write an item as the same number of tokens everywhere.
+
+    Example:
+        >>> from hf_genrec.identifiers.tokenization_item import ItemTokenizer
+        >>> tokenizer = ItemTokenizer.from_codes(["a", "b", "c"], [[0, 0], [0, 1], [1, 0]])
+        >>> batch = PackedPrefixCollator(tokenizer)([{"items": [0, 1, 2]}])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["history_lengths"].tolist()
+        ([[4, 6, 4, 7]], [[[4, 7], [5, 6]]], [[2, 4]])
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if getattr(tokenizer, "history_eos", False):
+            raise IncompatibleComponentsError(
+                "history_eos puts an end token behind every history, and the prefixes packed in one window have none: set "
+                "identifiers.history_eos to false, or causal_encoder to false (one sample per prefix)."
+            )
+        self.tokenizer = tokenizer
+        table_NL = np.asarray(tokenizer.item_token_table, np.int64)
+        self._tokens_N = (table_NL >= 0).sum(axis=1)
+        self._table_NL = torch.tensor(np.where(table_NL < 0, IGNORED, table_NL))
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        windows = [np.asarray(sample["items"]) for sample in samples]
+        batch = _encode(self.tokenizer, [{**sample, "items": row[:-1]} for sample, row in zip(samples, windows)], None)
+        targets = max(len(row) for row in windows) - 1
+        labels_BTL = torch.full((len(windows), targets, self._table_NL.shape[1]), IGNORED)
+        lengths_BT = torch.zeros(len(windows), targets, dtype=torch.int64)
+        for index, row in enumerate(windows):
+            labels_BTL[index, : len(row) - 1] = self._table_NL[torch.as_tensor(row[1:], dtype=torch.int64)]
+            lengths_BT[index, : len(row) - 1] = torch.from_numpy(self._tokens_N[row[:-1]].cumsum())
+        before_B = batch["attention_mask"].sum(1) - lengths_BT.amax(1)  # a user token, where there is one
+        if bool(((before_B < 0) | (before_B > 1)).any()):
+            raise IncompatibleComponentsError(
+                f"{type(self.tokenizer).__name__} does not write a history as the tokens of its items one after the other, so "
+                "its prefixes cannot be packed: set causal_encoder to false (one sample per prefix)."
+            )
+        lengths_BT += before_B.unsqueeze(1) * (lengths_BT > 0)
+        return {**batch, "labels": labels_BTL, "history_lengths": lengths_BT}
 
 
 class EvaluationCollator:

@@ -125,6 +125,14 @@ def _id_texts(values: pa.Array, column: pa.ChunkedArray, name: str, where: str, 
     raise error(f"{where}: column {name!r} has type {kind}, which is no id. Bring ids as text or as integers.")
 
 
+def extra_values(column: pa.ChunkedArray) -> np.ndarray:
+    """Any further column as an array (n,): numbers as float64 (NaN = no value), everything else as text ("" = none)."""
+    column = plain(column)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+        return column.cast(pa.float64()).to_numpy()
+    return np.array(["" if value is None else str(value) for value in column.to_pylist()], dtype=object)
+
+
 def time_ticks(
     column: pa.ChunkedArray, name: str, where: str, unit: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, str]:

@@ -5,6 +5,7 @@ Shapes: n interactions, U users, N items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_genrec.data.columns import id_codes, time_ticks
+from hf_genrec.data.columns import extra_values, id_codes, time_ticks
 from hf_genrec.data.filtering import core_filter, sort_by_user_and_time
 from hf_genrec.data.items import MAX_TEXT_LENGTH, ItemTable
 from hf_genrec.data.named import canonical_name, read_named, unknown_name
@@ -38,6 +39,8 @@ class RecommendationData:
         report: counts of everything that was read, dropped and tied.
         tied: (nnz,) bool, the interaction has the same time as the one before it in its row, at the resolution of the
             source; None when the order came without times.
+        extra: further columns of the log by name (`extra_columns` of `load_data`), aligned to `sequences.items`: (nnz,)
+            float64 with NaN for no value, or (nnz,) strings with "" for none.
     """
 
     name: str
@@ -48,6 +51,7 @@ class RecommendationData:
     repeats: bool
     report: DataReport
     tied: np.ndarray | None = field(default=None, repr=False)
+    extra: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def num_items(self) -> int:
@@ -85,6 +89,7 @@ def load_data(
     keep_duplicates: bool = False,
     encoding: str | None = None,
     max_text_length: int = MAX_TEXT_LENGTH,
+    extra_columns: Sequence[str] = (),
 ) -> RecommendationData:
     """Read an interaction log and its item table.
 
@@ -110,6 +115,8 @@ def load_data(
             default the first one stays and the report counts the others. Without timestamps all rows stay.
         encoding: of text files, UTF-8 by default.
         max_text_length: characters kept of an item text; longer ones are capped with a warning.
+        extra_columns: columns to keep beside the interactions where the source has them (ratings, reviews); what it has
+            not is noted in the report.
 
     Raises:
         InteractionTableError, ItemTableError: the message names the file, row or field and the fix.
@@ -134,6 +141,7 @@ def load_data(
             rating_column=None if min_rating is None else rating_column,
             encoding=encoding,
             max_text_length=max_text_length,
+            all_columns=bool(extra_columns),
         )
     log = log.checked()
     table = log.items if items is None else open_items(items, item_column, encoding, max_text_length)
@@ -145,7 +153,7 @@ def load_data(
         min_item=log.min_item if min_item is None else int(min_item),
         notes=list(log.notes),
     )
-    rows, user_ids, item_ids = _rows(log, time_unit, report)
+    rows, user_ids, item_ids = _rows(log, time_unit, report, extra_columns)
     keep = log.rated(rating_column, min_rating)
     if keep is not None and not keep.all():
         report.dropped[f"rated below {min_rating:g}"] = int((~keep).sum())
@@ -158,18 +166,22 @@ def load_data(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Parallel arrays (n,): user codes, item codes, ticks that order them, unix seconds (the last two may be None)."""
+    """Parallel arrays (n,): user codes, item codes, ticks that order them, unix seconds (the last two may be None), and
+    further columns.
+    """
 
     users: np.ndarray
     items: np.ndarray
     ticks: np.ndarray | None
     seconds: np.ndarray | None
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     def take(self, rows: np.ndarray) -> _Rows:
         """The rows of a mask or an index array."""
         ticks = None if self.ticks is None else self.ticks[rows]
         seconds = None if self.seconds is None else self.seconds[rows]
-        return _Rows(self.users[rows], self.items[rows], ticks, seconds)
+        extra = {name: values[rows] for name, values in self.extra.items()}
+        return _Rows(self.users[rows], self.items[rows], ticks, seconds, extra)
 
     def tied(self) -> np.ndarray:
         """(n,) bool of sorted rows: same user and same time as the row before."""
@@ -179,7 +191,9 @@ class _Rows:
         return tied
 
 
-def _rows(log: LogSource, time_unit: str | None, report: DataReport) -> tuple[_Rows, pa.Array, pa.Array]:
+def _rows(
+    log: LogSource, time_unit: str | None, report: DataReport, extra_columns: Sequence[str]
+) -> tuple[_Rows, pa.Array, pa.Array]:
     table = log.interactions
     users, user_ids = id_codes(table[log.user_column], log.user_column, log.where)
     items, item_ids = id_codes(table[log.item_column], log.item_column, log.where)
@@ -190,7 +204,9 @@ def _rows(log: LogSource, time_unit: str | None, report: DataReport) -> tuple[_R
     elif log.timestamp_column is not None:
         time = table[log.timestamp_column]
         ticks, seconds, report.time_unit = time_ticks(time, log.timestamp_column, log.where, time_unit)
-    return _Rows(users, items, ticks, seconds), user_ids, item_ids
+    extra = {name: extra_values(table[name]) for name in extra_columns if name in table.column_names}
+    report.notes += [f"no column {name!r} in the log" for name in extra_columns if name not in extra]
+    return _Rows(users, items, ticks, seconds, extra), user_ids, item_ids
 
 
 def _in_order(rows: _Rows, where: str, shuffle_ties: int | None, report: DataReport) -> _Rows:
@@ -291,6 +307,7 @@ def _assembled(
         repeats=report.repeated_interactions > 0,
         report=report,
         tied=tied,
+        extra=rows.extra,
     )
 
 

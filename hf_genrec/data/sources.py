@@ -101,11 +101,13 @@ def open_log(
     rating_column: str | None,
     encoding: str | None,
     max_text_length: int,
+    all_columns: bool = False,
 ) -> LogSource:
     """Read a folder, file or table. Column names kept at their defaults also match MovieLens' userId and movieId.
 
     Args:
         rating_column: to read, None when no rating is needed.
+        all_columns: keep the other columns too.
 
     Raises:
         InteractionTableError: see `read_table` and `find_layout`.
@@ -122,7 +124,9 @@ def open_log(
                 items = open_items(layout.items, item_column, encoding, max_text_length)
         text = _id_names(path, user_column, item_column) + ([timestamp_column] if timestamp_column else [])
         number = [rating_column] if rating_column else []
-        table, where = read_table(path, text_columns=text, number_columns=number, only=True, encoding=encoding)
+        table, where = read_table(
+            path, text_columns=text, number_columns=number, only=not all_columns, encoding=encoding
+        )
     else:
         table, where = read_table(source)
     columns = [user_column, item_column]

@@ -61,6 +61,23 @@ def reciprocal_rank(
     return table.ranked(fused, k)
 
 
+def discounted_rank(
+    lists: Sequence[RankedList], weights: Sequence[float] | None = None, *, k: int | None = None
+) -> RankedList:
+    """Sum over the streams of `weight / log2(rank + 1)`, rank from 1; scores are not read.
+
+    How ActionPiece joins the lists of several segmentations of one history (arXiv 2502.13581, as in the authors' code).
+
+    Example:
+        >>> a = (torch.tensor([[7, 3]]), torch.tensor([[-1.0, -2.0]]))
+        >>> b = (torch.tensor([[3, 9]]), torch.tensor([[0.9, 0.1]]))
+        >>> discounted_rank([a, b])[0].tolist()
+        [[3, 7, 9]]
+    """
+    table = _FusionTable(lists, weights)
+    return table.ranked(_total(weight * listed / (rank + 1.0).log2() for weight, rank, listed in table.ranks()), k)
+
+
 def votes(
     lists: Sequence[RankedList], weights: Sequence[float] | None = None, *, k: int | None = None, top: int | None = None
 ) -> RankedList:

@@ -94,6 +94,21 @@ def seen_from_token_ids(input_ids: Any, trie: ItemTrie, level_offsets: Sequence[
     ]
 
 
+def seen_from_prompts(tokenizer: Any, input_ids: Any, trie: ItemTrie) -> list[np.ndarray]:
+    """`seen_from_token_ids`, or the tokenizer's own reading where its levels share their tokens.
+
+    Merged feature sets (ActionPiece) and item texts cannot be cut into runs of L tokens: only their tokenizer can read them.
+    """
+    offsets = np.asarray(tokenizer.level_offsets)
+    if len(offsets) == len(np.unique(offsets)) or not hasattr(tokenizer, "token_ids_to_items"):
+        return seen_from_token_ids(input_ids, trie, tokenizer.level_offsets)
+    rows = []
+    for row in input_ids:
+        named = [item for items in tokenizer.token_ids_to_items(row[row >= 0]) for item in items]
+        rows.append(np.unique(np.asarray(tokenizer.item_index(named), dtype=np.int64)))
+    return rows
+
+
 def resolve_allowed(tokenizer: Any, allowed_items: Any, batch: int) -> list[np.ndarray] | None:
     """Allow-lists as item indices, one per request. One list of ids serves all requests; a list of lists gives each
     its own.

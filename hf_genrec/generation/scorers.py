@@ -24,6 +24,11 @@ def scorer_for(model: Any, tokenizer: Any, *, restrict_to_level: bool = False) -
     """
     if hasattr(model, "start_decoding") and hasattr(model, "score_codes"):
         return model
+    if getattr(tokenizer, "segmentations", 1) > 1:
+        raise IncompatibleComponentsError(
+            f"the tokenizer writes a history in {tokenizer.segmentations} segmentations at once, which {type(model).__name__} "
+            "cannot read; set tokenizer.segmentations = 1."
+        )
     ItemTrie.from_tokenizer(tokenizer)  # fails here, by name, for a tokenizer without a catalogue
     embeddings = model.get_input_embeddings()
     needed = int(max(np.asarray(tokenizer.level_offsets) + np.asarray(tokenizer.codebook_sizes)))

@@ -23,7 +23,7 @@ from .requests import (
     check_something_left,
     resolve_allowed,
     seen_from_histories,
-    seen_from_token_ids,
+    seen_from_prompts,
 )
 from .strategies import resolve_strategy
 from .trie import ItemTrie
@@ -166,7 +166,7 @@ def recommend_prompts(
     if config.exclude_seen and histories is not None:
         seen = seen_from_histories(tokenizer, check_histories(histories))
     elif config.exclude_seen:
-        seen = seen_from_token_ids(prompts_BT.masked_fill(mask_BT == 0, -1), trie, tokenizer.level_offsets)
+        seen = seen_from_prompts(tokenizer, prompts_BT.masked_fill(mask_BT == 0, -1), trie)
     check_something_left(allowed, seen)
     results: list[list[Recommendation]] = []
     for start in range(0, batch, config.batch_size):

@@ -59,6 +59,12 @@ DECODING_STRATEGIES: dict[str, Strategy] = {
         needs=("start_decoding", "score_digits", "digit_vectors"),
         options={"num_neighbours": 50, "num_steps": 3, "seed": 0},
     ),
+    "dense": Strategy("dense:dense", needs=("start_decoding", "score_dense"), lossless=True),
+    "generate_then_dense": Strategy(
+        "generate_then_dense:generate_then_dense",
+        needs=("start_decoding", "score_codes", "score_dense"),
+        options={"num_candidates": None, "cold_items": None},
+    ),
     "prefix_marginal": Strategy(
         "prefix_marginal:prefix_marginal",
         needs=("start_decoding", "score_codes", "score_dense"),
@@ -76,10 +82,16 @@ DECODING_STRATEGIES: dict[str, Strategy] = {
             "gamma": 1.0,
         },
     ),
+    "segmentation_ensemble": Strategy("segmentation_ensemble:segmentation_ensemble"),
     "speculative": Strategy(
         "speculative:speculative",
         needs=("start_decoding", "score_codes", "draft_scores|score_dense"),
         options={"num_drafts": 20, "threshold": -1.8, "cold_items": None, "drop_last_code": True},
+    ),
+    "two_stream": Strategy(
+        "two_stream:two_stream",
+        needs=("start_decoding", "score_stream", "stream_levels"),
+        options={"streams": None},
     ),
     "masked_diffusion": Strategy(
         "masked_diffusion:masked_diffusion",

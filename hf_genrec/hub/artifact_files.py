@@ -18,7 +18,7 @@ MODEL, TOKENIZER, ITEMS, RECIPE, METRICS, PLOTS, CARD, MANIFEST = (
     "manifest",
 )
 ITEMS_NAME, RECIPE_NAME, CARD_DATA_NAME = "items.parquet", "recipe.yaml", "card_data.yaml"
-PLOTS_FOLDER, EVAL_RESULTS_FOLDER = "plots", ".eval_results"
+PLOTS_FOLDER, EVAL_RESULTS_FOLDER, QUANTIZER_FOLDER = "plots", ".eval_results", "quantizer"
 
 _PARTS = {
     "config.json": MODEL,
@@ -33,6 +33,7 @@ _PARTS = {
     "added_tokens.json": TOKENIZER,
     "chat_template.jinja": TOKENIZER,
     "item_codes.safetensors": TOKENIZER,
+    "set_merges.safetensors": TOKENIZER,
     "vocab.json": TOKENIZER,
     "vocab.txt": TOKENIZER,
     "merges.txt": TOKENIZER,
@@ -51,6 +52,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?(\.[\w-]+)?\.safetensors")
 _FOLDERS = {
     PLOTS_FOLDER: PLOTS,
     EVAL_RESULTS_FOLDER: CARD,
+    QUANTIZER_FOLDER: TOKENIZER,  # it made the codes: it goes when they go
     "chat_templates": TOKENIZER,
     "additional_chat_templates": TOKENIZER,
 }

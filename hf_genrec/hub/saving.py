@@ -20,6 +20,8 @@ import yaml
 
 from hf_genrec.artifacts import check_safe, check_target, recover, staged_folder, verify_manifest
 from hf_genrec.errors import ArtifactError, IncompatibleComponentsError
+from hf_genrec.identifiers.feature_transforms import FEATURES_FILE
+from hf_genrec.identifiers.quantizers.auto_quantizer import can_save, save_quantizer
 
 from . import artifact_files as files
 from .card import README_NAME, ModelFacts, model_card
@@ -48,6 +50,8 @@ def save_artifact(
     card: str | None = None,
     card_data: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, bytes | str | os.PathLike] | None = None,
+    quantizer: Any = None,
+    item_features: Any = None,
     max_shard_size: int | str = "50GB",
 ) -> Path:
     """Write an artefact folder in one step, over an existing one if there is one: a kill leaves the old or the new.
@@ -65,6 +69,8 @@ def save_artifact(
         card_data: what only a person knows (license, data terms, ...); keys in `hub.card_metadata.CARD_DATA_KEYS`. Kept
             in `card_data.yaml`, so that a later save need not say it again.
         extra_files: path in the folder -> bytes or path of further data files.
+        quantizer: that made the codes -> `quantizer/`, for items that join later (left out where it cannot be read back).
+        item_features: `ItemFeatures` of the catalogue, kept beside it.
         max_shard_size: as in `save_pretrained`.
 
     Over an existing artefact, parts that are not given are kept: `save_artifact(folder, metrics=...)` adds numbers to a
@@ -102,6 +108,10 @@ def save_artifact(
             recommendation_config.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if quantizer is not None and can_save(quantizer):
+            save_quantizer(quantizer, staged / files.QUANTIZER_FOLDER)
+            if item_features is not None:
+                item_features.save(staged / files.QUANTIZER_FOLDER / FEATURES_FILE)
         if model is not None:
             _name_catalogue(staged, load_tokenizer(target) if files.TOKENIZER in kept else tokenizer)
         if items is not None:

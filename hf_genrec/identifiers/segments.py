@@ -83,7 +83,8 @@ def _item_ids(tokenizer, item_ids, place: int) -> list[int]:
     if isinstance(item_ids, str):
         raise IncompatibleComponentsError(f"segment {place}: items is one string: give a list of item ids")
     index_n = tokenizer.known_item_index(item_ids, where=f"segment {place}")
-    return tokenizer.item_token_table[index_n].reshape(-1).tolist()
+    tokens = tokenizer.item_token_table[index_n].reshape(-1)
+    return tokens[tokens >= 0].tolist()  # shorter items are filled up with -1
 
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

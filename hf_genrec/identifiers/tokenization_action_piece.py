@@ -10,7 +10,8 @@ Vocabulary: `<pad>` 0, `</s>` 1, `<unk>` 2, `<s>` 3, user tokens, features level
 **Histories** (`encode_histories`) are segmented without chance, or, after `resegment(seed)`, by set permutation
 regularisation: every set in an order drawn from (seed, row of items), then byte-pair encoding over the row. The same
 seed and row give the same tokens in any batch; a new seed per epoch gives the new segmentations of the paper.
-`encode_ensemble` gives q of them per history.
+`encode_ensemble` gives q of them per history; with `segmentations = q` every encoding holds q, (B, q, W), which the model
+of `models/action_piece` reads and the search "segmentation_ensemble" adds up.
 
 **Targets.** What a model learns to generate is the item alone, segmented without chance (as the published code does,
 which encodes labels with shuffling off): one short row of tokens per item. These rows are the item's `codes` here, in
@@ -39,6 +40,7 @@ from itertools import chain
 import numpy as np
 from transformers import BatchEncoding
 
+from ..data.sequences import ragged_positions
 from ..errors import ArtifactError, IncompatibleComponentsError, ItemTableError, UnknownItemError
 from .catalogue import item_token, item_tokens, level_number, user_tokens
 from .catalogue_file import FILE_NAME, Catalogue
@@ -55,15 +57,24 @@ _UNK_ID = 2
 _DERIVED = ("_feature_sets", "_continuations")  # made when first needed, left out of copies
 
 
+def _checked_count(segmentations: int) -> int:
+    if type(segmentations) is not int or segmentations < 1:
+        raise IncompatibleComponentsError(f"segmentations is {segmentations!r}: give a positive integer")
+    return segmentations
+
+
 class ActionPieceTokenizer(ItemTokenizer):
     """Tokenizer of a catalogue of feature sets. Build it with `train` or `from_features`.
 
     Args:
         item_codes_file, set_merges_file: its two files (`from_pretrained` gives them).
+        segmentations: q permuted segmentations of every encoded history, (B, q, W), drawn with the seed of `resegment` (0
+            without one). 1: one, (B, W), without chance unless `resegment` asks for it.
         unknown_items, num_user_tokens, history_eos, max_history: as in `ItemTokenizer`.
 
     Raises:
         ArtifactError: a file is missing, damaged, or belongs to another catalogue.
+        IncompatibleComponentsError: `segmentations` below 1.
 
     Relations: without merges, `encode_histories` equals that of `ItemTokenizer.from_codes` on the features.
 
@@ -83,8 +94,10 @@ class ActionPieceTokenizer(ItemTokenizer):
         item_codes_file: str | None = None,
         set_merges_file: str | None = None,
         num_user_tokens: int = 0,
+        segmentations: int = 1,
         **kwargs,
     ):
+        self.segmentations = _checked_count(segmentations)
         vocabulary = kwargs.pop("set_vocabulary", None)
         from_file = "catalogue" not in kwargs
         self._set_catalogue(item_codes_file, kwargs)
@@ -119,7 +132,9 @@ class ActionPieceTokenizer(ItemTokenizer):
         kwargs["catalogue"] = Catalogue(features.item_ids, targets_NL, sizes)
         if set_merges_file is not None:
             kwargs["set_merges_file"] = set_merges_file
-        super().__init__(item_codes_file=item_codes_file, num_user_tokens=num_user_tokens, **kwargs)
+        super().__init__(
+            item_codes_file=item_codes_file, num_user_tokens=num_user_tokens, segmentations=segmentations, **kwargs
+        )
 
     # --- building ------------------------------------------------------------------------------------------------
 
@@ -292,8 +307,7 @@ class ActionPieceTokenizer(ItemTokenizer):
 
         With q = 1 this is `encode_histories` after `resegment(seed)`. Other arguments and errors: `encode_histories`.
         """
-        if type(segmentations) is not int or segmentations < 1:
-            raise IncompatibleComponentsError(f"segmentations is {segmentations!r}: give a positive integer")
+        _checked_count(segmentations)
         if isinstance(histories, Sequence) and not isinstance(histories, str):
             histories = [row for row in histories for _ in range(segmentations)]
         users = user_ids if user_ids is None else [user for user in user_ids for _ in range(segmentations)]
@@ -330,11 +344,27 @@ class ActionPieceTokenizer(ItemTokenizer):
             raise IncompatibleComponentsError("rows of different lengths make no tensor: use padding=True")
         if limit is not None:
             lengths_B, index_n = newest_items(lengths_B, index_n, limit)
+        count = self.segmentations if draw_B is None else 1
+        if count > 1:
+            seed = 0 if self._segmentation_seed is None else self._segmentation_seed
+            draw_B = np.tile(np.arange(count), len(lengths_B))
+            ends = np.cumsum(lengths_B)
+            index_n = index_n[ragged_positions(np.repeat(ends - lengths_B, count), np.repeat(lengths_B, count))]
+            lengths_B = np.repeat(lengths_B, count)
+            user_ids = None if user_ids is None else [user for user in user_ids for _ in range(count)]
         rows = self._segmented(lengths_B, index_n, self._segmentation_seed if seed is None else seed, draw_B)
         lengths_B = np.fromiter(map(len, rows), np.int64, len(rows))
         pieces_n = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths_B.sum()))
         tokens_n1 = pieces_n[:, None] + self._first_code_id
-        return self._packed(lengths_B, tokens_n1, user_ids, ragged, return_tensors, skipped)
+        encoding = self._packed(lengths_B, tokens_n1, user_ids, ragged, return_tensors, skipped)
+        if count > 1:
+            for name, values in encoding.items():
+                encoding[name] = (
+                    [values[start : start + count] for start in range(0, len(values), count)]
+                    if return_tensors is None
+                    else values.reshape(-1, count, values.shape[-1])
+                )
+        return encoding
 
     def _segmented(
         self, lengths_B: np.ndarray, index_n: np.ndarray, seed: Seed | None, draw_B: np.ndarray | None
@@ -372,8 +402,10 @@ class ActionPieceTokenizer(ItemTokenizer):
 
     def decode_histories(self, input_ids) -> list[list[str]]:
         """Item ids of each row of token ids (B, W), read as `token_ids_to_items` does; the first of items that share
-        all features, and nothing for sets that name no item.
+        all features, and nothing for sets that name no item. Of several segmentations, (B, q, W), the first is read.
         """
+        if self.segmentations > 1 and len(input_ids) and np.ndim(input_ids[0][0]):
+            input_ids = [row[0] for row in input_ids]
         return [[items[0] for items in self.token_ids_to_items(row) if items] for row in input_ids]
 
     def _sets(self, ids_n: np.ndarray) -> list[tuple[int, ...]]:

@@ -25,12 +25,17 @@ class T5LevelsConfig(T5Config):
             the end token can follow the last code). False = plain T5 over the whole vocabulary.
         pooled_dropout: take dropout masks from a pre-drawn pool (several times cheaper on a CPU). The weights of the
             attention keep T5's own dropout.
+        causal_encoder: True = a token of the encoder sees its own item and earlier ones only, and all prefixes of a
+            window are trained in one pass (models/t5_packed.py). False = T5's encoder, one sample per prefix.
+        loss_temperature: the loss is the cross-entropy of logits / loss_temperature (the ranking-guided loss of LETTER,
+            arXiv 2405.07314): below 1 it weighs the hard negatives more; 1.0 = plain cross-entropy.
         catalogue_fingerprint: `ItemTokenizer.catalogue_fingerprint` of the catalogue the model belongs to.
 
     All other arguments are those of `T5Config`.
 
     Raises:
-        IncompatibleComponentsError: sizes and offsets of different length, overlapping or outside the vocabulary.
+        IncompatibleComponentsError: sizes and offsets of different length, overlapping or outside the vocabulary; a
+            temperature that is not positive.
 
     Example:
         >>> config = T5LevelsConfig(codebook_sizes=[16, 16, 4], d_model=32)
@@ -55,6 +60,8 @@ class T5LevelsConfig(T5Config):
     level_offsets: list[int] | tuple[int, ...] | None = None
     restrict_to_level: bool = True
     pooled_dropout: bool = True
+    causal_encoder: bool = False
+    loss_temperature: float | int = 1.0
     catalogue_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -69,6 +76,10 @@ class T5LevelsConfig(T5Config):
             self.vocab_size = max(ends, default=NUM_SPECIAL_TOKENS)
         super().__post_init__(**kwargs)
         self._check_layout()
+        if not self.loss_temperature > 0:
+            raise IncompatibleComponentsError(
+                f"{type(self).__name__}: loss_temperature {self.loss_temperature} must be > 0; 1.0 is plain cross-entropy."
+            )
 
     def _check_layout(self) -> None:
         if not self.codebook_sizes or len(self.codebook_sizes) != len(self.level_offsets):

@@ -5,14 +5,15 @@ work; this module adds what recommendation needs:
 
 - one distribution per level: at decoder position l only the codes of level l have probability, so the loss, `generate`,
   `recommend` and `score_all` all speak of the same numbers;
+- with `causal_encoder`, all prefixes of a window in one pass (`t5_packed.py`);
 - a loss that stays right under gradient accumulation (T5's own ignores `num_items_in_batch`);
 - decoding for `RecommendationMixin` that encodes a user once and never copies anything per beam (generation's `t5`).
 
 *Relations*: `restrict_to_level=False` is `T5ForConditionalGeneration`, bit for bit (in eval mode, or with
 `pooled_dropout=False`).
 
-Shapes: B users, K beams, L levels, l codes of a prefix, S encoder positions, Q decoder positions, V vocabulary,
-C codes of one level, H heads, D width of a head, M width of the model.
+Shapes: B users, T targets of a window, K beams, L levels, l codes of a prefix, S encoder positions, Q decoder positions,
+V vocabulary, C codes of one level, H heads, D width of a head, M width of the model.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.models.dropout import PooledDropout
 
 from .configuration_t5_levels import T5LevelsConfig
+from .t5_packed import packed_forward, use_encoder, use_recency
 
 
 def use_pooled_dropout(module: nn.Module) -> None:
@@ -42,6 +44,15 @@ def use_pooled_dropout(module: nn.Module) -> None:
             setattr(module, name, PooledDropout(child.p))
         else:
             use_pooled_dropout(child)
+
+
+def apply_options(model: nn.Module, config: T5LevelsConfig) -> None:
+    """Dropout and encoder of a new T5 as its configuration says."""
+    if config.pooled_dropout:
+        use_pooled_dropout(model)
+    if config.causal_encoder:
+        use_encoder(model)
+        use_recency(model)
 
 
 class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGeneration, GenerationMixin):
@@ -60,8 +71,7 @@ class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGene
 
     def __init__(self, config: T5LevelsConfig):
         super().__init__(config)
-        if config.pooled_dropout:
-            use_pooled_dropout(self)
+        apply_options(self, config)
 
     @can_return_tuple
     def forward(
@@ -76,6 +86,7 @@ class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGene
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        history_lengths: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
@@ -84,16 +95,20 @@ class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGene
         Args:
             input_ids: (B, S) tokens of the history.
             attention_mask: (B, S), 0 = padding (on either side: T5's positions are relative).
-            labels: (B, L) tokens of the target item, or (B, L + 1) with the end token; -100 is ignored.
+            labels: (B, L) tokens of the target item, or (B, L + 1) with the end token; -100 is ignored. Packed: (B, T, L)
+                or (B, T, L + 1).
+            history_lengths: (B, T), only with `causal_encoder`: how many real tokens of the row target t may see, 0 for
+                targets that are not there. `PackedPrefixCollator` makes them.
             num_items_in_batch: number of labels of the whole optimisation step; the loss is the sum of the
                 cross-entropies divided by it. None = mean over this batch.
 
         Returns:
-            `Seq2SeqLMOutput` with `loss` (scalar) and `logits` (B, Q, V); a token that is impossible at its position
-            has the smallest finite number of the dtype.
+            `Seq2SeqLMOutput` with `loss` (scalar) and `logits` (B, Q, V), packed (B, T, Q, V); a token that is impossible
+            at its position has the smallest finite number of the dtype.
 
         Raises:
-            IncompatibleComponentsError: a label that is not a code of its level (checked on CPU tensors).
+            IncompatibleComponentsError: a label that is not a code of its level (checked on CPU tensors); packed labels
+                without `history_lengths`, or for a model without `causal_encoder`.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels)
@@ -101,19 +116,36 @@ class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGene
         past_length = past_key_values.get_seq_length() + 0 if past_key_values is not None else 0
 
         kwargs.pop("return_dict", None)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
+        if history_lengths is not None and decoder_input_ids is not None:
+            outputs = packed_forward(
+                self,
+                history_lengths=history_lengths,
+                decoder_input_ids=decoder_input_ids,
+                attention_mask=attention_mask,
+                encoder_outputs=encoder_outputs,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        elif labels is not None and labels.dim() == 3:
+            raise IncompatibleComponentsError(
+                f"labels have shape {tuple(labels.shape)}: packed labels need history_lengths (B, T) beside them, as "
+                "PackedPrefixCollator gives them."
+            )
+        else:
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **kwargs,
+            )
         if self.config.restrict_to_level:
             outputs.logits = self._restrict_to_level(outputs.logits, past_length)
         if labels is not None:
@@ -130,8 +162,10 @@ class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGene
         attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """Cross-entropy of the codes. Models with more than that to learn extend it."""
+        """Cross-entropy of the codes (`loss_temperature` applied). Models with more than that to learn extend it."""
         logits = outputs.logits
+        if self.config.loss_temperature != 1:
+            logits = logits / self.config.loss_temperature
         return fixed_cross_entropy(logits.reshape(-1, logits.shape[-1]), labels_BQ.reshape(-1), num_items_in_batch)
 
     def _allowed_tokens(self, device: torch.device, vocab_size: int) -> torch.Tensor:
@@ -144,20 +178,20 @@ class T5LevelsForConditionalGeneration(RecommendationMixin, T5ForConditionalGene
         return allowed
 
     def _restrict_to_level(self, logits_BQV: torch.Tensor, past_length: int | torch.Tensor) -> torch.Tensor:
-        positions_Q = torch.arange(logits_BQV.shape[1], device=logits_BQV.device) + past_length
+        positions_Q = torch.arange(logits_BQV.shape[-2], device=logits_BQV.device) + past_length
         allowed = self._allowed_tokens(logits_BQV.device, logits_BQV.shape[-1])
         allowed_QV = allowed[positions_Q.clamp(max=self.config.num_levels)]
         return logits_BQV.masked_fill(~allowed_QV, torch.finfo(logits_BQV.dtype).min)
 
     def _check_labels(self, labels_BQ: torch.Tensor) -> None:
         allowed = self._allowed_tokens(labels_BQ.device, self.lm_head.out_features)
-        levels_Q = torch.arange(labels_BQ.shape[1]).clamp(max=self.config.num_levels)
+        levels_Q = torch.arange(labels_BQ.shape[-1]).clamp(max=self.config.num_levels)
         known_BQ = (labels_BQ >= 0) & (labels_BQ < allowed.shape[1])
         good_BQ = (known_BQ & allowed[levels_Q, labels_BQ.clamp(0, allowed.shape[1] - 1)]) | (labels_BQ == -100)
         if not bool(good_BQ.all()):
-            row, position = (~good_BQ).nonzero()[0].tolist()
+            place = (~good_BQ).nonzero()[0].tolist()
             raise IncompatibleComponentsError(
-                f"labels[{row}, {position}] = {int(labels_BQ[row, position])} is not a code of level {position} "
+                f"labels{place} = {int(labels_BQ[tuple(place)])} is not a code of level {place[-1]} "
                 f"(blocks start at {self.config.level_offsets}, sizes {self.config.codebook_sizes}); "
                 "build labels with the tokenizer the model was configured from."
             )

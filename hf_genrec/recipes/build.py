@@ -19,7 +19,7 @@ from hf_genrec.identifiers.health import identifier_health
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes.components import FEATURES, MODELS, QUANTIZERS
 from hf_genrec.recipes.resolver import Recipe
-from hf_genrec.recipes.stages.context import Quantized, StageContext
+from hf_genrec.recipes.stages.context import FeatureBlock, Quantized, StageContext
 from hf_genrec.recipes.stages.words import facet_tables, item_content
 
 
@@ -36,6 +36,8 @@ class Identifiers:
 def feature_blocks(context: StageContext, features: dict[str, dict[str, Any]]) -> None:
     """Make the blocks of a recipe in their order; those that cannot be made and may be skipped are left out."""
     for name, options in features.items():
+        if name in context.blocks:
+            continue
         block = FEATURES[name].load()(context, **options)
         if block is not None:
             context.blocks[name] = block
@@ -51,14 +53,23 @@ def model_vectors(context: StageContext, names: list[str] | None = None) -> tupl
 
 
 def build_identifiers(
-    recipe: Recipe, data: RecommendationData, split: Split, *, seed: int, progress: bool = True
+    recipe: Recipe,
+    data: RecommendationData,
+    split: Split,
+    *,
+    seed: int,
+    progress: bool = True,
+    blocks: dict[str, FeatureBlock] | None = None,
 ) -> Identifiers:
     """Identifiers for every item, and the health of the codes.
+
+    Args:
+        blocks: feature blocks that are there already, by name; they are not made again.
 
     Raises:
         GenRecError: data that lacks what the recipe needs, codes that a collision policy cannot make unique.
     """
-    context = StageContext(data, split, seed, progress)
+    context = StageContext(data, split, seed, progress, dict(blocks or {}))
     feature_blocks(context, recipe.features)
     component = QUANTIZERS[recipe.identifiers["quantizer"]]
     options = {key: recipe.identifiers[key] for key in component.options if key in recipe.identifiers}
@@ -134,6 +145,8 @@ def build_model(recipe: Recipe, identifiers: Identifiers, *, seed: int) -> Any:
     model = model_class(config_class.from_tokenizer(tokenizer, **options))
     if takes_features:
         model.set_catalogue(tokenizer.codes, features_NF)
+    elif hasattr(model, "set_words"):
+        model.set_words(tokenizer)
     elif hasattr(model, "set_catalogue"):
         model.set_catalogue(tokenizer.codes)
     if content_NS is not None:

@@ -35,13 +35,16 @@ from hf_genrec.evaluation.ties import tie_report
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.hub import save_artifact
+from hf_genrec.hub.identifier_plots import identifier_pictures
 from hf_genrec.hub.metrics_file import build_metrics
+from hf_genrec.identifiers.feature_transforms import feature_names
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes import baselines as baseline_runs
-from hf_genrec.recipes.build import build_identifiers, build_model
+from hf_genrec.recipes.build import Identifiers, build_identifiers, build_model
 from hf_genrec.recipes.components import METHODS, MODELS
 from hf_genrec.recipes.resolver import Recipe
 from hf_genrec.recipes.stages.context import TrainingJob
+from hf_genrec.recipes.stages.features import item_features
 
 logger = logging.getLogger(__name__)
 KS = (1, 5, 10, 20, 50)
@@ -210,7 +213,9 @@ def train_recipe(
                 user_ids=data.user_ids if tokenizer.num_user_tokens else None,
                 resume=resume,
             )
+            processor_seconds = time.process_time()
             trained = method(job, **method_options)
+            trained.summary["train_processor_seconds"] = round(time.process_time() - processor_seconds, 2)
         model, tokenizer = trained.model.eval(), trained.tokenizer
         reads_newest = hasattr(model.config, "max_position_embeddings")
         if reads_newest and "sequence_training" in MODELS[recipe.model["type"]].gives:
@@ -246,7 +251,8 @@ def train_recipe(
         notes,
     )
     with stages("saving"):
-        save(folder, recipe, model, tokenizer, data, metrics, [report, *variants.values(), *reports.values()])
+        shown = [report, *variants.values(), *reports.values()]
+        save(folder, recipe, model, tokenizer, data, metrics, shown, identifiers)
     if not keep_checkpoints:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainedRecipe(folder, model, tokenizer, data, split, report, variants, reports, metrics)
@@ -334,8 +340,17 @@ def save(
     data: RecommendationData,
     metrics: dict[str, Any],
     reports: list[EvaluationReport],
+    identifiers: Identifiers,
 ) -> None:
-    """Write the artefact in one step, with a picture of the results where matplotlib is installed."""
+    """Write the artefact in one step: with the quantizer, and with pictures where matplotlib is installed."""
+    names = feature_names(recipe.identifiers.get("features", []), identifiers.context.blocks)
+    vectors = identifiers.context.vectors(names) if names else None
+    same = tokenizer is identifiers.tokenizer and identifiers.quantized is not None  # training may have made other codes
+    features = None
+    if same and names:
+        takes = "item_features" in MODELS[recipe.model["type"]].gives
+        model_names = feature_names(recipe.model.get("features"), identifiers.context.blocks) if takes else []
+        features = item_features(identifiers.context, names, model_names)
     with tempfile.TemporaryDirectory() as scratch:
         picture = plot_results(reports, Path(scratch) / "results.png", required=False)
         save_artifact(
@@ -345,5 +360,7 @@ def save(
             items=data.items,
             recipe=recipe.to_dict(),
             metrics=metrics,
-            plots={"results.png": picture.read_bytes()} if picture else None,
+            plots=identifier_pictures(tokenizer, vectors) | ({"results": picture.read_bytes()} if picture else {}),
+            quantizer=identifiers.quantized.quantizer if same and identifiers.quantized is not None else None,
+            item_features=features,
         )

@@ -17,6 +17,7 @@ import yaml
 
 from hf_genrec.errors import IncompatibleComponentsError, RecipeError
 from hf_genrec.generation.strategies import DECODING_STRATEGIES
+from hf_genrec.identifiers.collisions import COLLISION_POLICIES
 from hf_genrec.recipes.components import FEATURES, LOSSES, METHODS, MODELS, QUANTIZERS, Component
 
 FOLDER = Path(__file__).parent
@@ -33,6 +34,7 @@ DATA = {
     "item_column": str,
     "timestamp_column": str,
     "rating_column": str,
+    "extra_columns": list,
     "time_unit": str,
     "encoding": str,
     "validation_fraction": float,
@@ -57,7 +59,7 @@ GENERATION = {
     "decoding": str,
     "decoding_options": dict,
 }
-COLLISIONS = ("counter", "keep", "next_nearest")
+COLLISIONS = tuple(COLLISION_POLICIES)
 
 
 @dataclass
@@ -177,6 +179,8 @@ def model_options(model_type: str) -> dict[str, Any]:
         "level_offsets",
         "num_items",
         "item_feature_dim",
+        "item_feature_dims",
+        "content_vocab_size",
         "catalogue_fingerprint",
     }
     features = {"features": list} if "item_features" in MODELS[model_type].gives else {}
@@ -268,6 +272,16 @@ def resolve_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -
     return Recipe(**content, provenance=provenance)
 
 
+def checked(content: dict[str, Any], provenance: dict[str, str] | None = None) -> Recipe:
+    """A recipe from plain data, checked as a file would be.
+
+    Raises:
+        RecipeError, IncompatibleComponentsError: as `resolve_recipe`.
+    """
+    _check_recipe(str(content.get("name", "recipe")), content)
+    return Recipe(**content, provenance=dict(provenance or {}))
+
+
 def _check_recipe(where: str, content: dict[str, Any]) -> None:
     sections = ("data", "features", "identifiers", "model", "training", "generation")
     header = {key: value for key, value in content.items() if key not in sections}
@@ -305,14 +319,16 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
             f"{where}: quantizer {identifiers['quantizer']!r} needs item vectors; name blocks in identifiers.features."
         )
     if not method.needs <= model.gives:
-        missing = ", ".join(sorted(method.needs - model.gives))
+        wanted = ", ".join(sorted(method.needs - model.gives))
         raise IncompatibleComponentsError(
-            f"{where}: training.method {training['method']!r} needs a model that gives {missing}, and "
+            f"{where}: training.method {training['method']!r} needs a model that gives {wanted}, and "
             f"{content['model']['type']!r} does not."
         )
-    lacking = model.needs - quantizer.gives
+    lacking = model.needs - quantizer.given(identifiers)
     if lacking:
-        fitting = [name for name, other in QUANTIZERS.items() if model.needs <= other.gives]
+        fitting = [
+            name for name, other in QUANTIZERS.items() if model.needs <= other.gives.union(*other.gives_if.values())
+        ]
         raise IncompatibleComponentsError(
             f"{where}: model {content['model']['type']!r} needs {', '.join(sorted(lacking))}, which quantizer "
             f"{identifiers['quantizer']!r} does not give; quantizers that fit: {', '.join(fitting)}."

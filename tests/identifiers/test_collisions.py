@@ -165,7 +165,10 @@ def test_next_nearest_needs_room_and_matching_inputs() -> None:
 
 
 def test_the_table_names_every_policy() -> None:
-    assert set(COLLISION_POLICIES) == {"counter", "next_nearest", "keep"}
+    assert set(COLLISION_POLICIES) == {
+        *("counter", "extra_id", "keep", "next_nearest"),
+        *("next_tail", "random_tail", "require_unique", "sinkhorn"),
+    }
     assert all("Guarantee:" in policy.__doc__ for policy in COLLISION_POLICIES.values())
 
 

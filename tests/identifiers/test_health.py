@@ -55,6 +55,21 @@ def test_figures_agree_with_counting(num: int, sizes: tuple[int, ...]) -> None:
         assert health.conditional_perplexity[level] == pytest.approx(math.exp(given))
 
 
+def test_codes_that_end_early_count_where_they_are() -> None:
+    codes = np.array([[0, 0, 1], [0, 0, -1], [0, 1, -1], [1, -1, -1], [1, -1, -1], [2, 2, 0]])
+    health = identifier_health(codes, (3, 4, 2), np.eye(6, 4))
+    assert health.mean_length == pytest.approx(12 / 6) and "2.00 codes per item" in str(health)
+    assert health.distinct_codes == 5 and health.items_sharing == 2 and health.largest_group == 2
+    assert health.utilisation == pytest.approx([1, 3 / 4, 1]) and health.nodes == [3, 3, 2]
+    assert health.largest_code == [3, 2, 1] and health.max_children == [3, 2, 1]
+    assert health.mean_children == pytest.approx([3, 3 / 2, 1])  # over the prefixes that go on
+    below = 3 / 4 * entropy([2, 1])  # level 2 of the four items that have one, given the first code
+    assert health.conditional_perplexity[1:] == pytest.approx([math.exp(below), 1])
+    same_end = identifier_health(np.array([[0, -1], [0, -1]]), (1, 3), np.eye(2), neighbours=1)
+    assert same_end.neighbour_prefix_rate == [1, 0]  # equal ends are no common code
+    assert same_end.utilisation == [1, 0] and same_end.nodes == [1, 0] and same_end.perplexity == [1, 1]
+
+
 def test_extremes() -> None:
     even = identifier_health(np.indices((4, 8)).reshape(2, -1).T, (4, 8))
     assert even.collision_rate == 0 and even.utilisation == [1, 1] and even.nodes == [4, 32]

@@ -210,3 +210,50 @@ def test_bad_input_is_named() -> None:
     for options in ({"codebook_sizes": []}, {"latent_size": 0}, {"codebook_update": "adam"}, {"ema_decay": 1.0}):
         with pytest.raises(Exception, match=next(iter(options))):
             small(**options)
+
+
+# ------------------------------------------------------------------------------------------- gate and heads of a block
+
+
+def test_a_gate_starts_as_no_gate_and_learns() -> None:
+    x = blobs()
+    plain, gated = model_of(small(), x), model_of(small(gate=True), x)
+    gated.load_state_dict(
+        {name.replace("decoder.", "decoder.1."): value for name, value in plain.state_dict().items()}, strict=False
+    )
+    gate = gated.decoder[0]
+    assert float(gate.weight.abs().sum()) == 0
+    a, b = plain(features=x), gated(features=x)
+    assert torch.allclose(a.reconstruction, b.reconstruction, atol=1e-6) and float(a.loss) == pytest.approx(
+        float(b.loss)
+    )
+    assert torch.allclose(plain.decode(plain.encode(x)), gated.decode(gated.encode(x)), atol=1e-6)
+    b.loss.backward()
+    assert float(gate.weight.grad.abs().sum()) > 0
+    with torch.no_grad():
+        gate.bias.copy_(torch.tensor([50.0, 0.0, 0.0]))  # all weight on the first head
+    vectors = noise(4, 18)
+    assert torch.allclose(gate(vectors)[:, :6], 3 * vectors[:, :6]) and float(gate(vectors)[:, 6:].abs().max()) < 1e-12
+
+
+def test_a_head_sees_its_own_blocks_only(tmp_path: Path) -> None:
+    x = blobs()
+    config = small(gate=True, block_sizes=[16, 8], head_blocks=[[0], [1], [0, 1]])
+    model = model_of(config, x)
+    codes = model.encode(x)
+    changed = x.clone()
+    changed[:, 16:] = 9 * noise(len(x), 8, 5)
+    other = model.encode(changed)
+    assert torch.equal(codes[:, 0], other[:, 0]) and not torch.equal(codes[:, 1], other[:, 1])
+    assert not torch.equal(codes[:, 2], other[:, 2])
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(x), codes) and torch.equal(again.decode(codes), model.decode(codes))
+
+
+def test_blocks_that_do_not_fit() -> None:
+    for options in ({"block_sizes": [16, 4]}, {"block_sizes": [16, 8], "head_blocks": [[0], [2], [0]]}):
+        with pytest.raises(Exception, match=r"block_sizes|head_blocks"):
+            small(**options)
+    with pytest.raises(Exception, match="head_blocks"):
+        small(block_sizes=[16, 8], head_blocks=[[0], [1]])

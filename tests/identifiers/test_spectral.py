@@ -18,14 +18,9 @@ from hf_genrec.data.cooccurrence import cooccurrence
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.trie import ItemTrie
-from hf_genrec.identifiers.quantizers import spectral
-from hf_genrec.identifiers.quantizers.spectral import (
-    SpectralIndexer,
-    _apportion,
-    _row_unit,
-    leading_eigenvectors,
-    qr_affinity,
-)
+from hf_genrec.identifiers.quantizers import graph_spectrum
+from hf_genrec.identifiers.quantizers.graph_spectrum import leading_eigenvectors, qr_affinity, row_unit
+from hf_genrec.identifiers.quantizers.spectral import SpectralIndexer, _apportion
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 
 OPTIONS: dict[str, dict] = {
@@ -99,7 +94,7 @@ def test_eigengap_finds_the_number_of_communities() -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_large_graph_takes_the_sparse_solver_and_the_order_of_rows_does_not_matter(name: str) -> None:
     graph, community, part = planted(4, 4, 30, 5)
-    assert graph.shape[0] > spectral._DENSE_ITEMS
+    assert graph.shape[0] > graph_spectrum._DENSE_ITEMS
     indexer = SpectralIndexer(4, max_cluster=30, **OPTIONS[name]).fit(graph)
     assert same_partition(indexer.codes_NL[:, 0], community)
     order = np.random.default_rng(1).permutation(len(part))
@@ -244,7 +239,7 @@ def test_max_load_bounds_every_cut_and_a_crowded_code_is_reported(caplog: pytest
 
 def test_eigenvectors_agree_with_a_dense_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, _, _ = planted(5, 1, 30, 2)
-    monkeypatch.setattr(spectral, "_DENSE_ITEMS", 0)
+    monkeypatch.setattr(graph_spectrum, "_DENSE_ITEMS", 0)
     values, vectors = leading_eigenvectors(graph, 5, smoothing=0.5)
     degree = np.asarray(graph.sum(1)).ravel()
     degree = degree + 0.5 * degree.mean()
@@ -259,7 +254,7 @@ def test_eigenvectors_agree_with_a_dense_solver(monkeypatch: pytest.MonkeyPatch)
     def give_up(*_, **__):
         raise ArpackNoConvergence("no", np.empty(0), np.empty((0, 0)))
 
-    monkeypatch.setattr(spectral, "eigsh", give_up)
+    monkeypatch.setattr(graph_spectrum, "eigsh", give_up)
     slow_values, slow = leading_eigenvectors(graph, 5, smoothing=0.5)
     np.testing.assert_allclose(slow_values, values, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(slow.T @ vectors, 2), 1.0, atol=1e-5)
@@ -274,7 +269,7 @@ def test_qr_clusters_do_not_depend_on_the_basis() -> None:
         affinity = qr_affinity(vectors @ turn)
         assert same_partition(affinity.argmax(1), label)
         np.testing.assert_allclose(np.sort(affinity, 1)[:, -1], 1.0, atol=1e-9)
-    np.testing.assert_allclose(_row_unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
+    np.testing.assert_allclose(row_unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
 
 
 # ---------------------------------------------------------------------------------------------- new items, files, errors

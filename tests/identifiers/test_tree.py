@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from hf_genrec.errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.identifiers.features import PrincipalComponents
+from hf_genrec.identifiers.quantizers.code_tree import CodeTree, rank_within
 from hf_genrec.identifiers.quantizers.kmeans import kmeans
 from hf_genrec.identifiers.quantizers.tree import (
-    CodeTree,
     TreeIndexer,
     _canonical_order,
     optimal_assignment,
     quota_assignment,
-    rank_within,
 )
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 

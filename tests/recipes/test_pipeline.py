@@ -30,7 +30,8 @@ def _write_log(folder, with_items: bool = True):
         titles = ['"Film <a_1>, | part"', "</s> ignore", "**bold** [x](http://e)"]
         with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerows([("item_id", "title"), *((f"i{n:03d}", f"{titles[n % 3]} {n}") for n in range(ITEMS))])
+            rows = ((f"i{n:03d}", f"{titles[n % 3]} {n}", f"kind {n // 15}", f"part {n // 5}") for n in range(ITEMS))
+            table.writerows([("item_id", "title", "kind", "part"), *rows])
     return folder / "log.csv"
 
 
@@ -126,10 +127,56 @@ _SMALL_TIGER = {
 _NO_TEXT = {
     "features.text": None, "features.cooccurrence.dim": 16, "identifiers.features": ["cooccurrence"],
 }  # fmt: skip
+_TREE = {"quantizer": "tree", "features": ["cooccurrence"], "depth": 2, "balanced": True, "code_style": "prefix"}
+_SMALL_PACKED = {
+    "codebook_sizes": [8, 8], "pca_dim": None, "num_train_epochs": 60, "per_device_train_batch_size": 4,
+    "model.dropout_rate": 0.0, "model.num_layers": 1, "model.num_decoder_layers": 1,
+}  # fmt: skip
+_KMEANS_PART = {"quantizer": "residual_kmeans", "features": ["cooccurrence"], "codebook_sizes": [32, 16]}
+_SMALL_TEXT_TO_TEXT = {
+    "model.d_model": 32, "model.d_kv": 16, "model.num_layers": 1, "model.num_decoder_layers": 1, "model.dropout_rate": 0.0,
+    "num_train_epochs": 40, "per_device_train_batch_size": 4, "ema_decay": None,
+}  # fmt: skip
+_SMALL_RQ = {"codebook_sizes": [8, 8], "latent_size": 8, "hidden_sizes": [16], "identifiers.max_steps": 300}
+_RQ_TIGER = _NO_TEXT | _SMALL_RQ | {"num_train_epochs": 60, "per_device_train_batch_size": 8}
 _OTHERS = {
+    "letter": _RQ_TIGER | {"collision_options": {"fallback": "next_nearest"}},
+    "cost": _RQ_TIGER,
+    "hid_vae": _RQ_TIGER
+    | {
+        "identifiers.tags": {"columns": ["kind", "part"], "order": "given"},
+        "identifiers.losses": {"tag_contrast": {"tag_vectors": "items"}},
+    },
+    "etegrec": _SMALL_TIGER
+    | {
+        "identifiers.max_steps": 300,
+        "latent_size": 8,
+        "hidden_sizes": [16],
+        "training.max_steps": -1,
+        "per_device_train_batch_size": 8,
+        "training.method_options": {"cycles": 2, "recommender_epochs": 3, "warm_epochs": 3, "final_epochs": 90},
+    },
+    "idgenrec": {
+        "identifiers.min_count": 1,
+        "text_tokens": 8,
+        "model.recommender_t5": {"dropout_rate": 0.0},
+        "per_device_train_batch_size": 4,
+        "training.method_options": {
+            "cycles": 2,
+            "recommender_epochs": 2,
+            "warm_epochs": 2,
+            "final_epochs": 50,
+            "generator_steps": 60,
+        },
+    },
+    "eager": _NO_TEXT
+    | {"identifiers.features": None, "identifiers.parts": [_TREE, _TREE | {"branching": 10}]}
+    | {"model.features": ["cooccurrence"], "num_train_epochs": 25},
     "sasrec": {"num_train_epochs": 20},
     "tiger": _SMALL_TIGER | {"identifiers.max_steps": 300, "latent_size": 8, "hidden_sizes": [16]},
     "tiger_rkmeans": _SMALL_TIGER,
+    "tiger_packed": _NO_TEXT | _SMALL_PACKED,
+    "liger": _NO_TEXT | _SMALL_PACKED | {"model.features": ["cooccurrence"], "projection_sizes": [32]},
     "d3": {"num_train_epochs": 30, "vocab_size": 400, "eval_strategy": "no"},
     "transrec": {
         "num_train_epochs": 45,
@@ -138,10 +185,36 @@ _OTHERS = {
         "eval_strategy": "no",
         "generation.decoding_options": {"max_tokens": 14},
     },
+    "p5": _SMALL_TEXT_TO_TEXT | {"training.method_options": {"families": {"sequential": 2.0, "direct": None}}},
+    "cid": _SMALL_TEXT_TO_TEXT | {"num_clusters": 4, "max_cluster": 8},
+    "psrq": {"features.text": None, "features.cooccurrence.dim": 16, "num_train_epochs": 30, "collisions": "counter"}
+    | {"identifiers.parts": [_KMEANS_PART, _KMEANS_PART], "part_levels": [2, 2]},
     "rpg": _NO_TEXT
     | {"num_codebooks": 4, "codebook_size": 16, "pca_dim": None, "whiten": False, "num_train_epochs": 40},
     "llada_rec": _NO_TEXT
     | {"codebook_sizes": [8, 8, 8], "model.dropout": 0.0, "num_train_epochs": 40, "per_device_train_batch_size": 4},
+    "setrec": {
+        "features.text.dim": 16,
+        "features.cooccurrence.dim": 16,
+        "autoencoder_sizes": [32],
+        "num_train_epochs": 20,
+    },
+    "vq_rec": _NO_TEXT | {"num_codebooks": 4, "codebook_size": 16, "pca_dim": None, "num_train_epochs": 30},
+    "actionpiece": _NO_TEXT
+    | {
+        "num_codebooks": 3,
+        "codebook_size": 8,
+        "attribute_columns": [],
+        "hash_buckets_size": 16,
+        "vocabulary_size": 100,
+        "segmentations": 3,
+        "model.d_model": 32,
+        "model.dropout_rate": 0.0,
+        "training.method_options": {"stretch": 1.0},
+        "num_train_epochs": 60,
+        "ema_decay": None,
+        "generation.num_beams": 20,
+    },
     "specgr": _NO_TEXT | {"codebook_sizes": [8, 8], "model.features": ["cooccurrence"], "num_train_epochs": 30},
 }
 

@@ -66,6 +66,13 @@ class RecommenderTrainingArguments(TrainingArguments):
     max_train_seconds: float | None = field(
         default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
     )
+    train_clock: str = field(
+        default="wall",
+        metadata={
+            "help": "What max_train_seconds counts: wall, or cpu (processor seconds, comparable on a busy machine).",
+            "choices": ["wall", "cpu"],
+        },
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Validate and keep the moving average of the weights (0.99 to 0.999)."}
     )
@@ -107,6 +114,8 @@ class RecommenderTrainingArguments(TrainingArguments):
             )
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise TrainingError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), such as 0.995.")
+        if self.train_clock not in ("wall", "cpu"):
+            raise TrainingError(f"train_clock is {self.train_clock!r}: choose wall or cpu.")
         if self.max_train_seconds is not None:
             if self.max_train_seconds <= 0:
                 raise TrainingError(f"max_train_seconds is {self.max_train_seconds}: it must be positive.")

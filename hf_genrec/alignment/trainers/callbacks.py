@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
-    """Calls `set_epoch` of the training set and its sampler when an epoch begins (also the resumed one)."""
+    """Calls `set_epoch` of the training set, its sampler and its collator when an epoch begins (also the resumed one)."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         epoch = state.global_step // steps
         sampler = getattr(train_dataloader.batch_sampler, "sampler", None)
-        for part in (train_dataloader.dataset, sampler):
+        for part in (train_dataloader.dataset, sampler, train_dataloader.collate_fn):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
@@ -88,11 +88,14 @@ class TimeBudgetCallback(TrainerCallback, ExportableState):
     the budget. (Revisions after that follow the clock: a run with a time budget is not repeatable bit by bit.)
 
     Args:
-        max_seconds: Wall-clock seconds from the start of the first step.
+        max_seconds: Seconds from the start of the first step.
+        clock: "wall", or "cpu" for processor seconds of this process (all its threads), which do not depend on what
+            else the machine does.
     """
 
-    def __init__(self, max_seconds: float) -> None:
-        self.max_seconds = float(max_seconds)
+    def __init__(self, max_seconds: float, clock: str = "wall") -> None:
+        self.max_seconds, self.clock = float(max_seconds), clock
+        self._now = time.process_time if clock == "cpu" else time.perf_counter
         self.used_seconds = 0.0  # by the runs before this one
         self.overhead_seconds = 0.0  # evaluating and saving
         self.evaluations = 0
@@ -103,7 +106,7 @@ class TimeBudgetCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {
-            "args": {"max_seconds": self.max_seconds},
+            "args": {"max_seconds": self.max_seconds, "clock": self.clock},
             "attributes": {
                 "used_seconds": self.elapsed(),
                 "overhead_seconds": self.overhead_seconds,
@@ -114,10 +117,10 @@ class TimeBudgetCallback(TrainerCallback, ExportableState):
 
     def elapsed(self) -> float:
         """Seconds used so far, by all runs of this training."""
-        return self.used_seconds + (0.0 if self._start is None else time.perf_counter() - self._start)
+        return self.used_seconds + (0.0 if self._start is None else self._now() - self._start)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start = self._mark = time.perf_counter()
+        self._start = self._mark = self._now()
         self.asked_steps = state.max_steps
         self._next_plan = max(self.elapsed(), min(20.0, self.max_seconds / 10))
         self._last_plan = (self.elapsed() - self.overhead_seconds, state.global_step)
@@ -125,7 +128,7 @@ class TimeBudgetCallback(TrainerCallback, ExportableState):
             self._set(state, self.planned_steps, **kwargs)
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
-        self._mark = time.perf_counter()
+        self._mark = self._now()
         if self.elapsed() < self._next_plan or state.global_step >= state.max_steps:
             return control
         # revise oftener towards the end, where an error can no longer be made good
@@ -138,7 +141,7 @@ class TimeBudgetCallback(TrainerCallback, ExportableState):
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self._mark = time.perf_counter()
+        self._mark = self._now()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluations += 1
@@ -148,7 +151,7 @@ class TimeBudgetCallback(TrainerCallback, ExportableState):
         self._count_overhead()
 
     def _count_overhead(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         self.overhead_seconds += now - self._mark
         self._mark = now
 

@@ -34,7 +34,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalPrediction, SchedulerType
 
-from hf_genrec.data.collators import PrefixCollator, PrefixDataset, SequenceCollator, WindowDataset
+from hf_genrec.data.collators import (
+    PackedPrefixCollator,
+    PrefixCollator,
+    PrefixDataset,
+    SequenceCollator,
+    WindowDataset,
+)
 from hf_genrec.data.splits import EvaluationSet, Split
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.requests import check_fingerprint
@@ -110,7 +116,7 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
         if args.early_stopping_patience is not None:
             ours.append(EarlyStoppingCallback(args.early_stopping_patience))
         if args.max_train_seconds is not None:
-            ours.append(TimeBudgetCallback(args.max_train_seconds))
+            ours.append(TimeBudgetCallback(args.max_train_seconds, args.train_clock))
         super().__init__(
             model=model,
             args=args,
@@ -300,6 +306,13 @@ def _trains_on_prefixes(model: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False) or getattr(config, "prefix_training", False))
 
 
+def training_layout(model: Any) -> str:
+    """How a model reads training data: windows, prefixes (one sample each), or packed (all prefixes of a window)."""
+    if getattr(model.config, "is_encoder_decoder", False) and getattr(model.config, "causal_encoder", False):
+        return "packed"
+    return "prefixes" if _trains_on_prefixes(model) else "windows"
+
+
 def _as_dataset(evaluation: Any, args: RecommenderTrainingArguments) -> Any:
     if isinstance(evaluation, EvaluationSet):
         return RankingDataset(evaluation, max_users=args.eval_users, seed=args.seed)
@@ -348,8 +361,9 @@ def train_recommender(
     """Train any of the library's models on a split and leave the best state in `model`.
 
     Encoder-decoder models and those whose configuration says `prefix_training` get one sample per prefix
-    (`PrefixDataset`), the others windows of which every position is
-    trained (`WindowDataset`), both of `args.max_history` items. A model with `prepare_training(train_counts_N)` is told
+    (`PrefixDataset`), the others windows of which every position is trained (`WindowDataset`), both of
+    `args.max_history` items. An encoder-decoder with `causal_encoder` gets windows too, every prefix of which is trained
+    (`PackedPrefixCollator`). A model with `prepare_training(train_counts_N)` is told
     how often each item occurs in training, and may return callbacks.
 
     Args:
@@ -357,7 +371,7 @@ def train_recommender(
         split: Its `train` rows are learned and its `validation` targets ranked.
         args: RecommenderTrainingArguments; checkpoints go to `args.output_dir`.
         train_dataset, data_collator: Instead of the ones above.
-        user_ids: User strings by row of the data, for tokenizers with user tokens (encoder-decoder models).
+        user_ids: User strings by row of the data, for tokenizers with user tokens (prefixes and packed prefixes).
         resume_from_checkpoint: A checkpoint folder, or True for the newest whole one (if there is any).
         trainer_options: More arguments of RecommenderTrainer (`callbacks`, `optimizers`, `eval_dataset`, ...).
 
@@ -390,19 +404,12 @@ def train_recommender(
     config = getattr(model, "recommendation_config", None)
     if config is not None and config.max_history is None:  # serve what was trained
         model.recommendation_config = config.merged(max_history=args.max_history)
-    user_ids = user_ids if prefixes and getattr(tokenizer, "num_user_tokens", None) else None
-    if train_dataset is None and prefixes:
-        train_dataset = PrefixDataset(
-            split.train,
-            args.max_history,
-            samples_per_epoch=args.samples_per_epoch,
-            seed=args.seed,
-            user_ids=user_ids,
-        )
-    elif train_dataset is None:
-        train_dataset = WindowDataset(split.train, args.max_history, seed=args.seed)
+    layout = training_layout(model)
+    user_ids = user_ids if layout != "windows" and getattr(tokenizer, "num_user_tokens", None) else None
+    if train_dataset is None:
+        train_dataset = _training_set(layout, split, args, user_ids)
     if data_collator is None:
-        data_collator = PrefixCollator(tokenizer) if prefixes else SequenceCollator(tokenizer)
+        data_collator = _COLLATORS[layout](tokenizer)
     prepare = getattr(model, "prepare_training", None)
     if prepare is not None:  # the model hears what it will be trained on, and may bring callbacks of its own
         counts_N = np.bincount(split.train.items, minlength=tokenizer.num_items)
@@ -421,6 +428,32 @@ def train_recommender(
     output = trainer.train(resume_from_checkpoint=resume)
     model.eval()
     return TrainingResult(trainer, _summary(trainer, output, time.perf_counter() - started))
+
+
+_COLLATORS: dict[str, Callable[[Any], Callable]] = {
+    "windows": SequenceCollator,
+    "prefixes": PrefixCollator,
+    "packed": PackedPrefixCollator,
+}
+
+
+def _training_set(
+    layout: str, split: Split, args: RecommenderTrainingArguments, user_ids: Sequence[str] | None
+) -> Dataset:
+    if layout == "prefixes":
+        return PrefixDataset(
+            split.train,
+            args.max_history,
+            samples_per_epoch=args.samples_per_epoch,
+            seed=args.seed,
+            user_ids=user_ids,
+        )
+    if layout == "packed" and args.samples_per_epoch is not None:
+        raise TrainingError(
+            f"samples_per_epoch is {args.samples_per_epoch}, but packed windows train every prefix: leave it out, or set "
+            "causal_encoder to false."
+        )
+    return WindowDataset(split.train, args.max_history, seed=args.seed, user_ids=user_ids)
 
 
 def _summary(trainer: RecommenderTrainer, output: Any, seconds: float) -> dict[str, Any]:

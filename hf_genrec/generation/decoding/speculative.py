@@ -123,7 +123,7 @@ def speculate(
     device, levels, slots = trie.device, trie.num_levels, trie.num_items
     order_S = trie.items_at(torch.arange(slots, device=device))
     draft_BS = _draft_scores(decoder, state, batch_size, slots)[:, order_S]
-    cold_S = _cold_mask(decoder, cold_items, slots, device)[order_S]
+    cold_S = cold_mask(decoder, cold_items, slots, device)[order_S]
     open_BS = torch.ones(batch_size, slots, dtype=torch.bool, device=device)  # allowed and not drafted yet
     if item_filter is not None:
         open_BS = item_filter.alive_slots(torch.arange(slots, device=device).expand(batch_size, -1))
@@ -216,7 +216,7 @@ def _draft_scores(decoder: Any, state: Any, batch_size: int, num_items: int) -> 
     return scores_BN.float()
 
 
-def _cold_mask(decoder: Any, cold_items: Any, num_items: int, device: torch.device) -> torch.Tensor:
+def cold_mask(decoder: Any, cold_items: Any, num_items: int, device: torch.device) -> torch.Tensor:
     """Cold items as a bool tensor (N,)."""
     cold = cold_items if cold_items is not None else getattr(decoder, "cold_items", None)
     mask_N = torch.zeros(num_items, dtype=torch.bool, device=device)

@@ -53,7 +53,7 @@ class T5State:
 
     Attributes:
         keys, values: per decoder layer, those of the cross-attention, (B, H, S, D).
-        mask: (B, 1, 1, S) additive mask of the encoder positions, or None when all are real.
+        mask: (B, 1 or H, 1, S) additive mask of the encoder positions, or None when all are real.
         layers: the decoder's modules, looked up once.
         as_written: see `runs_as_written`.
     """
@@ -135,19 +135,27 @@ class T5Decoder:
             input_ids: (B, S) tokens of the histories; S = 0 (nothing known about the user) is fine.
             attention_mask: (B, S), 0 = padding, on either side; None = no padding.
         """
+        return self.state_of(*self.encode(input_ids, attention_mask))
+
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encoder states (B, S, M) and their mask (B, S), None where nothing is padding."""
         if input_ids.shape[1] == 0:
             input_ids = input_ids.new_full((input_ids.shape[0], 1), self.model.config.pad_token_id or 0)
             attention_mask = torch.zeros_like(input_ids)
         padded = attention_mask is not None and not bool(attention_mask.all())
         mask_BS = attention_mask if padded else None
         if self.as_written:
-            states_BSM = encode(self.model.encoder, input_ids, mask_BS)
-        else:
-            states_BSM = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.state_of(states_BSM, mask_BS)
+            return encode(self.model.encoder, input_ids, mask_BS), mask_BS
+        states_BSM = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states_BSM, mask_BS
 
     def state_of(self, states_BSM: torch.Tensor, attention_mask: torch.Tensor | None) -> T5State:
-        """The decoding state of encoder states that are there already; mask None = no padding."""
+        """The decoding state of encoder states that are there already; mask None = no padding.
+
+        A decoder may have its own `prefix_bias(attention_mask_BS, lengths_B1, dtype)` -> additive (B, H, 1, S).
+        """
         batch, length, _ = states_BSM.shape
         layers = layers_of(self.model.decoder)
         keys, values = [], []
@@ -158,7 +166,11 @@ class T5Decoder:
             keys.append(attention.k(states_BSM).view(shape).transpose(1, 2))
             values.append(attention.v(states_BSM).view(shape).transpose(1, 2))
         mask = None
-        if attention_mask is not None:  # finite numbers: a user without history attends to padding
+        if hasattr(self.model.decoder, "prefix_bias"):  # a decoder that knows which token is the newest
+            real_BS = states_BSM.new_ones(batch, length) if attention_mask is None else attention_mask
+            lengths_B1 = real_BS.long().sum(1, keepdim=True)
+            mask = self.model.decoder.prefix_bias(real_BS, lengths_B1, keys[0].dtype)
+        elif attention_mask is not None:  # finite numbers: a user without history attends to padding
             real_BS = attention_mask.bool()
             mask = torch.zeros_like(real_BS, dtype=keys[0].dtype).masked_fill_(~real_BS, torch.finfo(keys[0].dtype).min)
             mask = mask[:, None, None]

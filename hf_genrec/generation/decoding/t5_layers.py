@@ -24,9 +24,12 @@ _ONEDNN_ROWS = 128  # from here on oneDNN multiplies faster than the BLAS behind
 
 
 def runs_as_written(model: Any) -> bool:
-    """Is the code that this engine replaces the family's own: no subclass, no hook, no patched forward?"""
+    """Is the code that this engine replaces the family's own: no subclass, no hook, no patched forward?
+
+    A subclass that says `family_engine = True` differs from the family in nothing but what `encode` asks it.
+    """
     return all(
-        type(module).__module__ in FAMILY
+        (type(module).__module__ in FAMILY or getattr(type(module), "family_engine", False))
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and "forward" not in module.__dict__
@@ -135,9 +138,20 @@ def _times_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def encode(stack: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Encoder states (B, S, M); mask None = no padding."""
+    """Encoder states (B, S, M); mask None = no padding.
+
+    A stack may have its own `embed_inputs(input_ids, attention_mask)` -> (B, S, M), and `visible_tokens(input_ids,
+    attention_mask)` -> boolean (B, S, S), who may see whom (None: everybody).
+    """
     batch, length = input_ids.shape
-    x = stack.embed_tokens(input_ids).view(batch * length, -1)
+    if hasattr(stack, "embed_inputs"):
+        x = stack.embed_inputs(input_ids, attention_mask).reshape(batch * length, -1)
+    else:
+        x = stack.embed_tokens(input_ids).view(batch * length, -1)
+    visible = attention_mask
+    if hasattr(stack, "visible_tokens"):
+        visible_BSS = stack.visible_tokens(input_ids, attention_mask)
+        visible = attention_mask if visible_BSS is None else visible_BSS
     bias = None
     for layer in layers_of(stack):
         attention = layer.own
@@ -147,7 +161,7 @@ def encode(stack: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | N
         key = attention.k(normed).view(shape).transpose(1, 2)
         value = attention.v(normed).view(shape).transpose(1, 2)
         if attention.bias is not None:
-            bias = _encoder_bias(attention.bias, length, query, attention_mask)
+            bias = _encoder_bias(attention.bias, length, query, visible)
         mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
         x = clamped(x + attention.o(mixed.transpose(1, 2).reshape(batch * length, -1)))
         x = clamped(feed_forward(layer, x))
@@ -209,17 +223,16 @@ def _bias_by_distance(attention: Any, length: int, device: torch.device) -> torc
     return attention.relative_attention_bias(buckets)
 
 
-def _encoder_bias(
-    attention: Any, length: int, query: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Additive mask (B, H, S, S), or (1, H, S, S) without padding."""
+def _encoder_bias(attention: Any, length: int, query: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """Additive mask (B, H, S, S), or (1, H, S, S) where all is visible; `visible` is (B, S) or (B, S, S)."""
     by_distance = _bias_by_distance(attention, length, query.device).to(query.dtype)
     # row i reads the window of distances -i .. S - 1 - i
     bias = by_distance.t().unfold(-1, length, 1).flip(1).unsqueeze(0)
-    if attention_mask is None:
+    if visible is None:
         return bias
-    padding = ~attention_mask.bool()[:, None, None]
-    return bias.masked_fill(padding, torch.finfo(bias.dtype).min)
+    hidden = ~visible.bool()
+    hidden = hidden[:, None, None] if hidden.dim() == 2 else hidden.unsqueeze(1)
+    return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
 
 
 def decoder_bias(attention: Any, length: int, device: torch.device) -> torch.Tensor:

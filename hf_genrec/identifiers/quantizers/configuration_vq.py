@@ -34,6 +34,8 @@ class VQConfig(PreTrainedConfig):
         sinkhorn_iterations: rounds of scaling.
         gradient_path: how the reconstruction's gradient passes hard codes: `"straight_through"` or `"rotation"`
             (2410.06424).
+        reconstruction_weight: weight of the reconstruction error; 0 leaves the reconstruction to a contrastive term, one
+            of the two readings of CoST (2404.14774).
     """
 
     model_type = "vq_autoencoder"
@@ -59,6 +61,7 @@ class VQConfig(PreTrainedConfig):
     sinkhorn_epsilon: float | int = 0.003
     sinkhorn_iterations: int = 50
     gradient_path: str = "straight_through"
+    reconstruction_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Sizes become lists, as they are after a trip through JSON."""
@@ -113,6 +116,12 @@ class VQConfig(PreTrainedConfig):
                 raise ValueError(f"{own}.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.dropout < 1:
             raise ValueError(f"{own}.ema_decay and .dropout must be in [0, 1)")
-        for name in ("commitment_weight", "quantization_weight", "dead_code_share", "dead_code_interval"):
+        for name in (
+            "commitment_weight",
+            "quantization_weight",
+            "reconstruction_weight",
+            "dead_code_share",
+            "dead_code_interval",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{own}.{name} must not be negative, got {getattr(self, name)}")

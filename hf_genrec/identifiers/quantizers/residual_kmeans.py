@@ -10,6 +10,7 @@ outliers (one item each) and leaves one crowded cluster.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from ...errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from ..features import PrincipalComponents
-from .kmeans import DEFAULT_CHUNK, FEW_POINTS, check_features, kmeans, nearest
+from .kmeans import DEFAULT_CHUNK, FEW_POINTS, check_features, chunks
 from .quantizer_file import read_quantizer, write_quantizer
+from .residual_levels import LevelSettings, ResidualLevel
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +42,20 @@ class ResidualKMeans:
         whiten: also scale the components to unit variance; needs `pca_dim`.
         max_load: price the codes so that none holds more than about this multiple of the mean (size-balanced codes; the
             prices are stored, so `encode` stays a function of the features alone). None: plain nearest centroid.
+        balanced: equal cluster sizes (within one) on every level, as in OneRec. The sizes are exact for the items of `fit`
+            (`fitted_codes_NL`); `encode` is the priced rule that comes near to them. Excludes `max_load`.
+        within_cluster: from level 2 on cluster the items of each prefix on their own (MBGen, arXiv 2405.16871): a codebook
+            per prefix, so a code means something only below its prefix; `codebooks` are (G, C, P) there. Under a prefix
+            that no item of `fit` had, `encode` gives code 0, which adds nothing.
+        concat_prefix: from level 2 on cluster the residual side by side with the sum of the item's earlier centroids
+            (PSRQ, arXiv 2508.20359), so that items of far prefixes do not share a deep code. What a code adds is still
+            the residual part of its centroid.
+        prefix_weight: factor on that sum; 0 is the plain residual. At 1 the prefix, which has few distinct values, can take
+            all codes of a level for itself: deep codes then repeat the first one and tell hardly any items apart.
         few_points: fewer items than codes of a level: `"error"`, or `"duplicate"` (surplus codes stay unused copies).
 
-    Relations: one level is plain k-means; `max_load=None` and `pca_dim=None` is the textbook method; RQ-VAE learns the
-    space in which it does the same.
+    Relations: one level is plain k-means; `max_load=None` and `pca_dim=None` is the textbook method, which the other
+    options, off by default, leave; RQ-VAE learns the space in which it does the same.
 
     Example:
         >>> import torch
@@ -68,6 +80,10 @@ class ResidualKMeans:
         whiten: bool = False,
         max_load: float | None = None,
         few_points: str = "error",
+        balanced: bool = False,
+        within_cluster: bool = False,
+        concat_prefix: bool = False,
+        prefix_weight: float = 1.0,
     ) -> None:
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
@@ -76,16 +92,42 @@ class ResidualKMeans:
             raise IncompatibleComponentsError(f"few_points must be one of {FEW_POINTS}, got {few_points!r}")
         if whiten and pca_dim is None:
             raise IncompatibleComponentsError("whiten=True needs pca_dim: whitening keeps only the leading components")
+        if balanced and max_load is not None:
+            raise IncompatibleComponentsError("balanced=True makes all loads equal already: leave max_load out")
+        if within_cluster and concat_prefix:
+            raise IncompatibleComponentsError(
+                "within_cluster=True clusters items of one prefix, where concat_prefix=True adds the same vector to all of "
+                "them: use one of the two"
+            )
+        if prefix_weight < 0 or (prefix_weight != 1 and not concat_prefix):
+            raise IncompatibleComponentsError(
+                f"prefix_weight must be 0 or more and needs concat_prefix=True, got {prefix_weight}"
+            )
+        if within_cluster and math.prod(self.codebook_sizes) >= 2**63:
+            raise IncompatibleComponentsError(f"within_cluster: too many prefixes with codebook_sizes {codebook_sizes}")
         self.seed, self.iterations, self.subsample, self.chunk_size = seed, iterations, subsample, chunk_size
         self.pca_dim, self.whiten, self.max_load, self.few_points = pca_dim, whiten, max_load, few_points
-        self.codebooks: list[Tensor] = []
-        self.prices: list[Tensor] = []
+        self.balanced, self.within_cluster, self.concat_prefix = balanced, within_cluster, concat_prefix
+        self.prefix_weight = prefix_weight
+        self.levels: list[ResidualLevel] = []
+        self.fitted_codes_NL: Tensor | None = None
         self.projection: PrincipalComponents | None = None
 
     @property
     def num_levels(self) -> int:
         """L, the number of codes of an item."""
         return len(self.codebook_sizes)
+
+    @property
+    def codebooks(self) -> list[Tensor]:
+        """What the codes of each level add: (C, P); (G, C, P), one per known prefix, below the first with `within_cluster`."""
+        books = [level.books_GCQ[:, :, : level.width] for level in self.levels]
+        return [book if level.keys_G is not None else book[0] for book, level in zip(books, self.levels)]
+
+    @property
+    def prices(self) -> list[Tensor]:
+        """Prices of the codes of each level, shaped like `codebooks` without the last axis."""
+        return [level.price_GC if level.keys_G is not None else level.price_GC[0] for level in self.levels]
 
     def fit(self, x_ND: Tensor | np.ndarray) -> ResidualKMeans:
         """Learn the codebooks from features (N, D) and return self.
@@ -102,28 +144,34 @@ class ResidualKMeans:
             )
         self.projection = PrincipalComponents.fit(x_ND, self.pca_dim, whiten=self.whiten)
         residual_NP = self.projection.apply(x_ND)
+        origin_NP = residual_NP.clone() if self.concat_prefix else None
+        prefix_N = torch.zeros(len(x_ND), dtype=torch.int64) if self.within_cluster else None
+        settings = LevelSettings(self.iterations, self.subsample, self.chunk_size, self.max_load, self.balanced)
         generator = torch.Generator().manual_seed(self.seed)
-        self.codebooks, self.prices = [], []
-        for size in self.codebook_sizes:
-            level = kmeans(
+        self.levels, codes = [], []
+        for number, size in enumerate(self.codebook_sizes):
+            below = number > 0
+            level, codes_N = ResidualLevel.fit(
                 residual_NP,
                 size,
-                generator=generator,
-                iterations=self.iterations,
-                subsample=self.subsample,
-                chunk_size=self.chunk_size,
-                max_load=self.max_load,
+                settings,
+                generator,
+                prefix_N=prefix_N if below else None,
+                semantic_NP=(origin_NP - residual_NP) * self.prefix_weight if below and origin_NP is not None else None,
             )
-            largest = int(torch.bincount(level.codes_N).max())
+            largest = int(torch.bincount(codes_N).max())
             if size >= 4 and 2 * largest > len(x_ND) > size:
                 # in many dimensions a point is nearer to the mean than to any other point: seeds stay alone there
                 logger.warning(
-                    f"residual k-means: one of {size} codes of level {len(self.codebooks) + 1} holds {largest} of "
+                    f"residual k-means: one of {size} codes of level {number + 1} holds {largest} of "
                     f"{len(x_ND)} items; max_load=2.0 and pca_dim=32 spread them"
                 )
-            self.codebooks.append(level.centroids_CD)
-            self.prices.append(level.price_C)
-            residual_NP = residual_NP - level.centroids_CD[level.codes_N]
+            self.levels.append(level)
+            codes.append(codes_N)
+            if number + 1 < self.num_levels:
+                level.subtract(residual_NP, codes_N, prefix_N, self.chunk_size)
+            prefix_N = None if prefix_N is None else prefix_N * size + codes_N
+        self.fitted_codes_NL = torch.stack(codes, 1)
         return self
 
     def transform(self, x_ND: Tensor | np.ndarray) -> Tensor:
@@ -132,13 +180,19 @@ class ResidualKMeans:
 
     def encode(self, x_ND: Tensor | np.ndarray) -> Tensor:
         """Codes (N, L) int64 of features (N, D); works for items that were not in `fit`."""
-        residual_NP = self.transform(x_ND)
-        codes = []
-        for codebook_CP, price_C in zip(self.codebooks, self.prices):
-            codes_N = nearest(residual_NP, codebook_CP.to(residual_NP), price_C.to(residual_NP), self.chunk_size)
-            residual_NP = residual_NP - codebook_CP.to(residual_NP)[codes_N]
-            codes.append(codes_N)
-        return torch.stack(codes, 1)
+        projection, x_ND = self._fitted(), check_features(x_ND)
+        codes_NL = torch.empty(len(x_ND), self.num_levels, dtype=torch.int64)
+        for rows in chunks(len(x_ND), self.chunk_size):
+            origin_BP = projection.apply(x_ND[rows])
+            residual_BP, prefix_B = origin_BP.clone(), torch.zeros(len(origin_BP), dtype=torch.int64)
+            for number, (level, size) in enumerate(zip(self.levels, self.codebook_sizes, strict=True)):
+                semantic_BP = (origin_BP - residual_BP) * self.prefix_weight if self.concat_prefix else None
+                codes_B = level.encode(residual_BP, prefix_B, semantic_BP, self.chunk_size)
+                codes_NL[rows, number] = codes_B
+                if number + 1 < self.num_levels:
+                    residual_BP -= level.vectors(codes_B, prefix_B).to(residual_BP)
+                prefix_B = prefix_B * size + codes_B
+        return codes_NL
 
     def decode(self, codes_NL: Tensor | np.ndarray) -> Tensor:
         """Features (N, D) that codes (N, l <= L) stand for: the mean plus the sum of the codes' centroids."""
@@ -148,16 +202,22 @@ class ResidualKMeans:
             raise IncompatibleComponentsError(
                 f"codes must be (N, up to {self.num_levels}), got {tuple(codes_NL.shape)}"
             )
-        x_NP = torch.zeros(len(codes_NL), self.codebooks[0].shape[1])
-        for level in range(codes_NL.shape[1]):
-            x_NP = x_NP + self.codebooks[level][codes_NL[:, level]]
+        x_NP = torch.zeros(len(codes_NL), self.levels[0].width)
+        prefix_N = torch.zeros(len(codes_NL), dtype=torch.int64)
+        for number in range(codes_NL.shape[1]):
+            x_NP = x_NP + self.levels[number].vectors(codes_NL[:, number], prefix_N)
+            prefix_N = prefix_N * self.codebook_sizes[number] + codes_NL[:, number]
         return projection.invert(x_NP)
 
     def save(self, path: str | Path) -> None:
         """Write the fitted quantizer as one safetensors file (settings in its header, no pickle)."""
         tensors = {f"projection.{name}": value for name, value in self._fitted().tensors().items()}
-        for level, (codebook_CP, price_C) in enumerate(zip(self.codebooks, self.prices)):
-            tensors[f"codebook.{level}"], tensors[f"price.{level}"] = codebook_CP, price_C
+        for number, level in enumerate(self.levels):
+            shared = level.keys_G is None
+            tensors[f"codebook.{number}"] = level.books_GCQ[0] if shared else level.books_GCQ
+            tensors[f"price.{number}"] = level.price_GC[0] if shared else level.price_GC
+            if level.keys_G is not None:
+                tensors[f"prefixes.{number}"] = level.keys_G
         settings = {
             "codebook_sizes": self.codebook_sizes,
             "seed": self.seed,
@@ -168,6 +228,10 @@ class ResidualKMeans:
             "whiten": self.whiten,
             "max_load": self.max_load,
             "few_points": self.few_points,
+            "balanced": self.balanced,
+            "within_cluster": self.within_cluster,
+            "concat_prefix": self.concat_prefix,
+            "prefix_weight": self.prefix_weight,
         }
         write_quantizer(path, _FORMAT, settings, tensors)
 
@@ -181,14 +245,21 @@ class ResidualKMeans:
         settings, tensors = read_quantizer(path, _FORMAT, "residual k-means")
         quantizer = cls(**settings)
         try:
-            quantizer.codebooks = [tensors[f"codebook.{level}"] for level in range(quantizer.num_levels)]
-            quantizer.prices = [tensors[f"price.{level}"] for level in range(quantizer.num_levels)]
+            books = [tensors[f"codebook.{number}"] for number in range(quantizer.num_levels)]
+            for number, book in enumerate(books):
+                price = tensors[f"price.{number}"]
+                width = books[0].shape[-1]
+                if quantizer.within_cluster and number:
+                    level = ResidualLevel(book, price, tensors[f"prefixes.{number}"], width)
+                else:
+                    level = ResidualLevel(book[None], price[None], None, width)
+                quantizer.levels.append(level)
             quantizer.projection = PrincipalComponents.from_tensors(
                 {name.removeprefix("projection."): t for name, t in tensors.items() if name.startswith("projection.")}
             )
         except KeyError as error:
             raise ArtifactError(f"{path}: tensor {error} is missing; save the quantizer again") from error
-        found = tuple(len(codebook_CP) for codebook_CP in quantizer.codebooks)
+        found = tuple(level.books_GCQ.shape[1] for level in quantizer.levels)
         if found != quantizer.codebook_sizes:
             raise ArtifactError(f"{path}: codebooks of {found} codes, settings say {quantizer.codebook_sizes}")
         return quantizer

@@ -46,6 +46,7 @@ class RQVAEModel(VQAutoencoder):
     config_class = RQVAEConfig
     base_model_prefix = "rq_vae"
     label = "RQ-VAE"
+    ordered_codes = True
 
     @staticmethod
     def _latent_width(config: VQConfig) -> int:

@@ -36,7 +36,7 @@ class VQOutput(ModelOutput):
     """What a forward pass returns.
 
     Attributes:
-        loss: reconstruction_loss + quantization_weight * quantization_loss.
+        loss: reconstruction_weight * reconstruction_loss + quantization_weight * quantization_loss.
         reconstruction: (B, E) in the units of the input features.
         codes: (B, L) int64.
         reconstruction_loss: mean squared error of the standardised features.
@@ -106,13 +106,13 @@ class VQAutoencoder(PreTrainedModel):
     config: Any
     label = "the quantizer"
     main_input_name = "features"
+    ordered_codes = False  # does a code refine the codes before it?
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__(config)
-        sizes = [config.input_size, *config.hidden_sizes, self._latent_width(config)]
         self.scaler = FeatureScaler(config)
-        self.encoder = mlp(sizes, config.dropout)
-        self.decoder = mlp(sizes[::-1], config.dropout)
+        self.encoder = self._make_encoder(config)
+        self.decoder = self._make_decoder(config)
         self.levels = nn.ModuleList(self._make_levels(config))
         self.post_init()
 
@@ -122,6 +122,17 @@ class VQAutoencoder(PreTrainedModel):
     def _latent_width(config: VQConfig) -> int:
         """Q, width of the encoder's output."""
         raise NotImplementedError
+
+    @classmethod
+    def _make_encoder(cls, config: VQConfig) -> nn.Module:
+        """Features (B, E) to latents (B, Q)."""
+        return mlp([config.input_size, *config.hidden_sizes, cls._latent_width(config)], config.dropout)
+
+    @classmethod
+    def _make_decoder(cls, config: VQConfig) -> nn.Module:
+        """Quantized latents (B, Q) to features (B, E)."""
+        sizes = [cls._latent_width(config), *reversed(config.hidden_sizes), config.input_size]
+        return mlp(sizes, config.dropout)
 
     def _level_input(self, latents_BQ: Tensor, chosen: list[Tensor]) -> Tensor:
         """What the next codebook quantizes (B, P), given the code vectors (B, P) of the levels before it."""
@@ -166,13 +177,22 @@ class VQAutoencoder(PreTrainedModel):
         return [modules[book] for book in self.config.codebook_of_level]
 
     @property
+    def latent_width(self) -> int:
+        """Q, dimensions of the latents."""
+        return self._latent_width(self.config)
+
+    @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codes per level."""
         return tuple(self.config.codebook_sizes)
 
     @torch.no_grad()
-    def initialise_codebooks(self: Self, features: Tensor | np.ndarray, *, seed: int = 0, iterations: int = 25) -> Self:
+    def initialise_codebooks(
+        self: Self, features: Tensor | np.ndarray, *, seed: int = 0, iterations: int = 25, kmeans_init: bool = True
+    ) -> Self:
         """Take the standardisation from the features (N, E), then the codebooks by k-means on their latents.
+
+        `kmeans_init=False` leaves the codebooks random.
 
         Raises:
             TrainingError: fewer items than codes of a level, NaN or infinite features.
@@ -184,6 +204,8 @@ class VQAutoencoder(PreTrainedModel):
                 f"use codebook_sizes of at most {len(features_NE)}"
             )
         self.scaler.fit(features_NE)
+        if not kmeans_init:
+            return self
         latents_NQ = self.transform(features_NE)
         chosen: list[Tensor] = []
         generator = torch.Generator().manual_seed(seed)
@@ -223,8 +245,10 @@ class VQAutoencoder(PreTrainedModel):
         return_loss: bool = True,
         return_dict: bool | None = None,
         prefix_lengths: Tensor | None = None,
+        update_codebooks: bool = True,
     ) -> VQOutput | tuple[Tensor, ...]:
-        """Reconstruct features (B, E) through their codes. In training mode the codebooks update themselves.
+        """Reconstruct features (B, E) through their codes. In training mode the codebooks update themselves, unless
+        `update_codebooks` is False (a second view of the same step).
 
         `prefix_lengths` (B,), 1..L: reconstruct each item from its first codes only (ordered codes, see RQVAEModel).
         The loss is a mean over the batch, so that Trainer's division by gradient accumulation steps is right.
@@ -247,12 +271,15 @@ class VQAutoencoder(PreTrainedModel):
         if lengths_B is not None:
             seen = [level_BP * (lengths_B > level)[:, None] for level, level_BP in enumerate(vectors)]
             decoder_input_BQ = self._pass_gradient(latents_BQ, seen)
-        if self.training:
+        if self.training and update_codebooks:
             self._update_codebooks(inputs, codes)
         decoded_BE = self.decoder(decoder_input_BQ)
         quantization_loss = quantization_loss / self.config.input_size
         reconstruction_loss = (decoded_BE - x_BE).pow(2).mean()
-        loss = reconstruction_loss + self.config.quantization_weight * quantization_loss if return_loss else None
+        loss = None
+        if return_loss:
+            loss = self.config.reconstruction_weight * reconstruction_loss
+            loss = loss + self.config.quantization_weight * quantization_loss
         output = VQOutput(
             loss=loss,
             reconstruction=self.scaler.invert(decoded_BE),
@@ -288,6 +315,24 @@ class VQAutoencoder(PreTrainedModel):
                 points_MP = torch.cat([inputs[index].detach() for index in own])
                 codes_M = torch.cat([codes[index] for index in own])
             level.update(points_MP, codes_M)
+
+    def passed_vectors(self, output: VQOutput) -> list[Tensor]:
+        """The L chosen code vectors (B, P) of a forward pass, for losses on them.
+
+        Their gradient goes into trained codebooks and straight through to the encoder: the encoder's part is that of what
+        the level quantized, with the codes of the levels before held constant.
+        """
+        assert output.latents is not None and output.code_vectors is not None
+        passed: list[Tensor] = []
+        chosen: list[Tensor] = []
+        for level, vectors_BP in zip(self._quantizer_levels(), output.code_vectors):
+            if not level.is_soft:
+                x_BP = self._level_input(output.latents, chosen)
+                passed.append(vectors_BP + (x_BP - x_BP.detach()))
+            else:
+                passed.append(vectors_BP)
+            chosen.append(vectors_BP.detach())
+        return passed
 
     def level_distances(self, latents: Tensor) -> list[Tensor]:
         """Squared distances (B, C_l) of latents (B, Q) to the codes of every level, with gradients.

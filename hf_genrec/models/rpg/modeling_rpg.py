@@ -30,8 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from hf_genrec.errors import IncompatibleComponentsError
 from hf_genrec.generation.recommend import RecommendationMixin
-from hf_genrec.models.dropout import PooledDropout
-from hf_genrec.models.layers import TransformerBlock
+from hf_genrec.models.item_timeline import ItemTimeline, newest_items, whole_items
 
 from .configuration_rpg import RPGConfig
 
@@ -79,21 +78,15 @@ class RPGPreTrainedModel(PreTrainedModel):
             init.normal_(module.start, std=std / self.config.num_levels**0.5)
 
 
-class RPGModel(RPGPreTrainedModel):
+class RPGModel(ItemTimeline, RPGPreTrainedModel):
     """The timeline: item vectors in, one state per position out (the state at t has read the start and items < t)."""
 
     code_embedding: nn.Module
 
     def __init__(self, config: RPGConfig) -> None:
-        super().__init__(config)
+        RPGPreTrainedModel.__init__(self, config)
         self.code_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
-        self.start = nn.Parameter(torch.zeros(config.hidden_size))
-        self.dropout = PooledDropout(config.dropout)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, config.intermediate_size) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.build_timeline(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -122,39 +115,8 @@ class RPGModel(RPGPreTrainedModel):
         Raises:
             IncompatibleComponentsError: tokens that are not whole items, or more of them than the model reads.
         """
-        ids_BTL, mask_BT = self.items(input_ids, attention_mask)
-        batch, length = mask_BT.shape
-        if length > self.config.max_position_embeddings:
-            raise IncompatibleComponentsError(
-                f"a history of {length} items exceeds max_position_embeddings={self.config.max_position_embeddings}; "
-                "encode with max_items or raise the limit."
-            )
-        # padding carries the start vector: a left-padded row predicts its first item from the same state as any other
-        vectors = torch.where(mask_BT.unsqueeze(-1), self.item_vectors(ids_BTL), self.start)
-        vectors = vectors + self.position_embedding(mask_BT.cumsum(-1))
-        start = (self.start + self.position_embedding.weight[0]).expand(batch, 1, -1)
-        x = self.dropout(torch.cat([start, vectors], dim=1))
-        mask = None
-        if length and not bool(mask_BT[:, 0].all()):  # right padding needs none: under causality nothing looks at it
-            visible = F.pad(mask_BT, (1, 0), value=True)
-            causal = torch.ones(length + 1, length + 1, dtype=torch.bool, device=x.device).tril()
-            mask = causal & visible[:, None, None, :] | torch.eye(length + 1, dtype=torch.bool, device=x.device)
-        for layer in self.layers:
-            x = layer(x, mask)
-        return BaseModelOutput(last_hidden_state=self.norm(x))
-
-    def items(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens by item (B, T, L) and which items are real (B, T) bool."""
-        levels = self.config.num_levels
-        if input_ids.shape[1] % levels:
-            raise IncompatibleComponentsError(
-                f"{input_ids.shape[1]} tokens are no whole items of {levels} digits: RPG reads items only, so make the "
-                "tokenizer without user tokens and history_eos, and pad by whole items."
-            )
-        ids_BTL = input_ids.reshape(input_ids.shape[0], input_ids.shape[1] // levels, levels)
-        if attention_mask is None:
-            return ids_BTL, torch.ones_like(ids_BTL[..., 0], dtype=torch.bool)
-        return ids_BTL, attention_mask.reshape(ids_BTL.shape)[..., 0].bool()
+        ids_BTL, mask_BT = whole_items(input_ids, attention_mask, self.config.num_levels)
+        return BaseModelOutput(last_hidden_state=self.run_timeline(self.item_vectors(ids_BTL), mask_BT))
 
 
 @dataclass
@@ -308,14 +270,10 @@ class RPGForCausalLM(RecommendationMixin, RPGPreTrainedModel, GenerationMixin):
             input_ids: (B, T * L) item tokens, padded on either side; of longer histories the newest items are read.
             attention_mask: (B, T * L); None = no padding.
         """
-        ids_BTL, mask_BT = self.model.items(input_ids, attention_mask)
-        # the newest items that fit, moved to the right end whatever the padding side
-        length = ids_BTL.shape[1]
-        newest = min(self.config.max_position_embeddings, length)
-        order = torch.argsort(mask_BT.int(), dim=1, stable=True)[:, length - newest :]
-        recent_ids = ids_BTL.gather(1, order.unsqueeze(-1).expand(-1, -1, self.config.num_levels))
-        recent_mask = mask_BT.gather(1, order).unsqueeze(-1).expand(-1, -1, self.config.num_levels)
-        states = self.model(recent_ids.flatten(1), recent_mask.flatten(1)).last_hidden_state
+        ids_BTL, mask_BT = whole_items(input_ids, attention_mask, self.config.num_levels)
+        ids_BTL, mask_BT = newest_items(ids_BTL, mask_BT, self.config.max_position_embeddings)
+        mask_BTL = mask_BT.unsqueeze(-1).expand_as(ids_BTL)
+        states = self.model(ids_BTL.flatten(1), mask_BTL.flatten(1)).last_hidden_state
         return DigitState(self._log_probs(states[:, -1]))
 
     def score_digits(self, state: DigitState) -> Tensor:

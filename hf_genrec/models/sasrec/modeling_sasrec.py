@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_genrec.errors import IncompatibleComponentsError
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.models.dropout import PooledDropout
+from hf_genrec.models.item_timeline import newest_items
 
 from .configuration_sasrec import SASRecConfig
 
@@ -442,24 +443,15 @@ class SASRecForCausalLM(RecommendationMixin, SASRecPreTrainedModel, GenerationMi
         seen = self._history_codes(input_ids, attention_mask) if self.repeat_weight is not None else None
         hidden_BM = self.lm_head.weight.new_zeros(batch, self.config.hidden_size)
         if length:
-            window, mask = self._newest_window(input_ids, attention_mask)
-            states = self.model(input_ids=window, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
-            hidden_BM = torch.where(mask[:, -1:].bool(), states, hidden_BM)
+            limit = self.config.max_position_embeddings
+            window, mask = newest_items(input_ids.unsqueeze(-1), attention_mask.bool(), limit)
+            states = self.model(input_ids=window.squeeze(-1), attention_mask=mask, use_cache=False).last_hidden_state[
+                :, -1
+            ]
+            hidden_BM = torch.where(mask[:, -1:], states, hidden_BM)
         rows = torch.arange(batch, device=input_ids.device)
         logits_BN = self._item_logits(hidden_BM, seen, rows, torch.full_like(rows, length))
         return SASRecDecodingState(logits_BN.float().log_softmax(-1))
-
-    def _newest_window(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """The newest `max_position_embeddings` columns of each row, moved to the right edge (left padding)."""
-        length = input_ids.shape[1]
-        columns_T = torch.arange(length, device=input_ids.device)
-        last_B = torch.where(attention_mask.bool(), columns_T, -1).amax(dim=1)
-        width = min(length, self.config.max_position_embeddings)
-        source_BW = last_B[:, None] - width + 1 + columns_T[:width]
-        mask_BW = attention_mask.gather(1, source_BW.clamp(min=0)) * (source_BW >= 0)
-        return input_ids.gather(1, source_BW.clamp(min=0)), mask_BW
 
     def score_codes(self, state: SASRecDecodingState, prefix_BKl: torch.LongTensor, level: int) -> torch.Tensor:
         """Log-probabilities (B, K, N) of all items; the only level is 0, so every beam of a user gets the same row."""

@@ -47,6 +47,10 @@ class SpecGRConfig(T5LevelsConfig):
                 f"SpecGRConfig: num_items {self.num_items} must be >= 0, projection_size {self.projection_size} >= 1 "
                 f"and contrast_temperature {self.contrast_temperature} > 0."
             )
+        if self.causal_encoder:
+            raise IncompatibleComponentsError(
+                "SpecGRConfig: causal_encoder is not for SpecGR, whose retriever reads one history per sample; leave it out."
+            )
         if not 0 <= self.finetune_share <= 1:
             raise IncompatibleComponentsError(
                 f"SpecGRConfig: finetune_share is a share of the training steps, from 0 to 1, got {self.finetune_share}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers import T5Model
 
-from hf_genrec.models.t5_levels import T5LevelsForConditionalGeneration, use_pooled_dropout
+from hf_genrec.models.t5_levels import T5LevelsForConditionalGeneration, apply_options
 
 from .configuration_tiger import TigerConfig
 
@@ -20,8 +20,7 @@ class TigerModel(T5Model):
 
     def __init__(self, config: TigerConfig):
         super().__init__(config)
-        if config.pooled_dropout:
-            use_pooled_dropout(self)
+        apply_options(self, config)
 
 
 class TigerForConditionalGeneration(T5LevelsForConditionalGeneration):

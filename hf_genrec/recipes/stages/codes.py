@@ -23,8 +23,12 @@ def residual_kmeans_codes(
     pca_dim: int | None = None,
     whiten: bool = False,
     max_load: float | None = None,
+    balanced: bool = False,
+    within_cluster: bool = False,
+    concat_prefix: bool = False,
+    prefix_weight: float = 1.0,
 ) -> Quantized:
-    """Residual k-means on the item vectors."""
+    """Residual k-means on the item vectors; see `ResidualKMeans` for the options."""
     from hf_genrec.identifiers.quantizers.residual_kmeans import ResidualKMeans
 
     if pca_dim is not None:
@@ -37,9 +41,15 @@ def residual_kmeans_codes(
         whiten=whiten,
         max_load=max_load,
         few_points="duplicate",
+        balanced=balanced,
+        within_cluster=within_cluster,
+        concat_prefix=concat_prefix,
+        prefix_weight=prefix_weight,
     ).fit(vectors)
-    codes = quantizer.encode(vectors).numpy()
-    return Quantized(codes, tuple(codebook_sizes), quantizer.codebooks, quantizer.transform(vectors), quantizer)
+    # equal sizes hold for the codes of the fit; they are what `encode` gives in all other cases
+    codes = quantizer.fitted_codes_NL if balanced else quantizer.encode(vectors)
+    books = None if within_cluster else quantizer.codebooks  # a codebook per prefix is none for a collision policy
+    return Quantized(np.asarray(codes), tuple(codebook_sizes), books, quantizer.transform(vectors), quantizer)
 
 
 def opq_codes(

@@ -18,10 +18,14 @@ from hf_genrec.errors import IncompatibleComponentsError
 
 @dataclass
 class FeatureBlock:
-    """One source of item vectors: `symmetric` (N, E) for identifiers, `inputs` (N, F) for the model."""
+    """One source of item vectors: `symmetric` (N, E) for identifiers, `inputs` (N, F) for the model.
+
+    `transform` (a `BlockTransform`) says how to make the same vectors for items that join later; None where it cannot.
+    """
 
     symmetric: np.ndarray
     inputs: np.ndarray
+    transform: Any = None
 
 
 @dataclass

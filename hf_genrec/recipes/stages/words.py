@@ -19,6 +19,7 @@ def item_words_tokenizer(
     vocab_size: int = 2000,
     text_tokenizer: str | None = None,
     max_tokens: int = 24,
+    unique: bool = False,
 ) -> Any:
     """Items named by their texts: a tokenizer, not codes.
 
@@ -26,9 +27,11 @@ def item_words_tokenizer(
         fields: columns of the item table that make the name; default: the title.
         vocab_size: of the byte-level BPE learned from these texts, where no `text_tokenizer` is given.
         text_tokenizer: folder of a pretrained text tokenizer.
+        unique: number the items of one text apart (CID's title indexing); False = they share their name.
     """
     from transformers import AutoTokenizer
 
+    from hf_genrec.identifiers.item_names import tokenizer_from_names
     from hf_genrec.identifiers.text_vocabulary import train_text_tokenizer
     from hf_genrec.identifiers.tokenization_item_words import ItemWordsTokenizer
 
@@ -42,6 +45,8 @@ def item_words_tokenizer(
         base: Any = train_text_tokenizer(texts, vocab_size)
     else:
         base = AutoTokenizer.from_pretrained(text_tokenizer)
+    if unique:
+        return tokenizer_from_names(base, data.item_ids, texts, max_tokens=max_tokens)
     return ItemWordsTokenizer.from_texts(base, data.item_ids, texts, max_tokens=max_tokens)
 
 

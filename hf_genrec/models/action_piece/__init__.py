@@ -1,0 +1,1 @@
+"""ActionPiece (arXiv 2502.13581)."""

@@ -1,0 +1,236 @@
+"""Tables of recipes on one data set and one training budget: run, aggregate over seeds, render.
+
+    genrec recipes --table identifiers                                      # the committed table
+    genrec recipes --table identifiers --run --dataset movielens-100k --output_dir runs/table   # made anew
+
+Every (recipe, seed) is one process of one thread with the same processor seconds of training; a finished one is kept, so an
+interrupted run goes on. Intervals pool seeds and users; differences to the reference recipe are paired over users.
+
+Shape suffixes: S seeds, M test rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_genrec.errors import RecipeError, TrainingError
+from hf_genrec.evaluation.bootstrap import paired_difference, pooled_means, quantile_bounds
+from hf_genrec.evaluation.metrics import values_from_ranks
+from hf_genrec.recipes.resolver import FOLDER, nearest, recipe_names, resolve_recipe
+
+METRICS = ("recall@10", "ndcg@10")
+REFERENCE = "tiger_packed"
+OTHERS = {"identifiers": (REFERENCE, "sasrec")}  # rows that are not of the stage itself
+STAGE_OF = {"identifiers": "creation"}
+
+
+def table_recipes(table: str) -> list[str]:
+    """Recipes of a table: those of its stage and the ones to compare with.
+
+    Raises:
+        RecipeError: no such table.
+    """
+    if table not in STAGE_OF:
+        raise RecipeError(f"unknown table {table!r}: {nearest(table, STAGE_OF)}")
+    names = [name for name in recipe_names() if resolve_recipe(name).stage == STAGE_OF[table]]
+    return [*names, *OTHERS[table]]
+
+
+def read_table(table: str) -> dict[str, Any]:
+    """The committed table.
+
+    Raises:
+        RecipeError: no such table, or none was committed.
+    """
+    table_recipes(table)
+    path = FOLDER / f"table.{table}.json"
+    if not path.is_file():
+        raise RecipeError(
+            f"{path.name} is not there; make it with `genrec recipes --table {table} --run --dataset ...`."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_table(
+    table: str,
+    dataset: str,
+    output_dir: str | Path,
+    *,
+    recipes: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    train_seconds: float = 120.0,
+    processes: int = 1,
+    items: str | None = None,
+    data_dir: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train and test every recipe of a table and write `table.json` and `table.md` to `output_dir`.
+
+    Args:
+        table: "identifiers".
+        dataset: anything `load_data` takes.
+        recipes: only these; default all of the table.
+        train_seconds: processor seconds of training of each run, the identifiers not counted.
+        processes: runs at the same time.
+
+    Raises:
+        RecipeError: an unknown table or recipe.
+        TrainingError: a run failed (naming its log); the others are finished first.
+    """
+    known = table_recipes(table)
+    chosen = list(recipes or known)
+    for name in chosen:
+        if name not in recipe_names():
+            raise RecipeError(f"unknown recipe {name!r}: {nearest(name, recipe_names())}")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [(name, seed) for seed in seeds for name in chosen if not _result_file(folder, name, seed).is_file()]
+    running: list[tuple[subprocess.Popen[bytes], str, int]] = []
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < processes:
+            name, seed = waiting.pop(0)
+            running.append((_start(folder, name, seed, dataset, items, data_dir, train_seconds), name, seed))
+            if progress:
+                print(f"started {name}, seed {seed}; {len(waiting)} waiting", flush=True)
+        for entry in list(running):
+            process, name, seed = entry
+            if process.poll() is None:
+                continue
+            running.remove(entry)
+            if not _result_file(folder, name, seed).is_file():
+                failed.append(f"{name} seed {seed} ({_result_file(folder, name, seed).with_suffix('.log')})")
+            elif progress:
+                test = json.loads(_result_file(folder, name, seed).read_text())["metrics"]["test"]
+                print(f"{name}, seed {seed}: " + ", ".join(f"{m} {test[m]:.4f}" for m in METRICS), flush=True)
+        time.sleep(0.2)
+    result = collect_table(table, folder, chosen, seeds, train_seconds)
+    (folder / "table.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(render_table(result), encoding="utf-8")
+    if failed:
+        raise TrainingError(f"{len(failed)} runs failed: {'; '.join(failed)}. The table holds the others.")
+    return result
+
+
+def _result_file(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{name}-{seed}.json"
+
+
+def _start(
+    folder: Path, name: str, seed: int, dataset: str, items: str | None, data_dir: str | None, train_seconds: float
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hf_genrec.recipes.table_run", name, str(seed), dataset]
+    command += [str(_result_file(folder, name, seed)), str(train_seconds), items or "", data_dir or ""]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with open(_result_file(folder, name, seed).with_suffix(".log"), "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def collect_table(
+    table: str, folder: Path, recipes: Sequence[str], seeds: Sequence[int], train_seconds: float
+) -> dict[str, Any]:
+    """The finished runs below `folder` as one table (plain data)."""
+    rows, values = [], {}
+    shared: dict[str, Any] = {}
+    for name in recipes:
+        runs = [json.loads(path.read_text()) for seed in seeds if (path := _result_file(folder, name, seed)).is_file()]
+        if not runs:
+            continue
+        ranks_SM = np.array([[np.inf if rank is None else rank for rank in run["ranks"]] for run in runs])
+        columns = [values_from_ranks(ranks_M, [10]) for ranks_M in ranks_SM]
+        values[name] = {metric: np.array([column[metric] for column in columns]) for metric in METRICS}
+        rows.append(_row(name, runs, values[name]))
+        metrics = runs[0]["metrics"]
+        shared = {"dataset": metrics["dataset"], "protocol": metrics["protocol"], "popularity": runs[0]["popularity"]}
+    for row in rows:
+        reference = values.get(REFERENCE)
+        if reference is not None and row["recipe"] != REFERENCE:
+            row["difference_to_reference"] = {
+                metric: paired_difference(values[row["recipe"]][metric].mean(0), reference[metric].mean(0)).to_dict()
+                for metric in METRICS
+            }
+    rows.sort(key=lambda row: -row["ndcg@10"]["mean"])
+    budget = {"train_processor_seconds": train_seconds, "threads": 1, "seen_items": "removed"}
+    return {"table": table, **shared, "budget": budget, "reference": REFERENCE, "seeds": list(seeds), "rows": rows}
+
+
+def _row(name: str, runs: list[dict[str, Any]], values: dict[str, np.ndarray]) -> dict[str, Any]:
+    def mean(*path: str) -> float | None:
+        found = []
+        for run in runs:
+            value: Any = run["metrics"]
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, list):
+                value = min(value) if value else None
+            if value is not None:
+                found.append(float(value))
+        return round(float(np.mean(found)), 4) if found else None
+
+    row: dict[str, Any] = {
+        "recipe": name,
+        "title": runs[0]["title"],
+        "status": resolve_recipe(name).status,
+        "collision_rate": mean("identifiers", "collision_rate"),
+        "collision_rate_before_policy": mean("identifiers", "before_policy", "collision_rate"),
+        "utilisation": mean("identifiers", "before_policy", "utilisation"),
+        "neighbour_hit_rate": mean("identifiers", "before_policy", "neighbour_hit_rate"),
+        "identifier_seconds": mean("wall_seconds", "identifiers"),
+        "train_seconds": round(float(np.mean([run["train_processor_seconds"] for run in runs])), 1),
+        "seeds": len(runs),
+    }
+    for metric in METRICS:
+        low, high = quantile_bounds(pooled_means(values[metric][:, :, None]), 0.95)
+        row[metric] = {
+            "mean": round(float(values[metric].mean()), 4),
+            "interval": [round(float(low[0]), 4), round(float(high[0]), 4)],
+            "seed_values": [round(float(value), 4) for value in values[metric].mean(1)],
+        }
+    return row
+
+
+def render_table(table: dict[str, Any]) -> str:
+    """Markdown: one line per recipe, best NDCG@10 first, with the difference to the reference."""
+    number = lambda value, form=".3f": "" if value is None else format(value, form)
+    budget = table["budget"]
+    lines = [
+        f"{table['dataset']}, {table['protocol'].replace('_', ' ')}, full ranking at item level, seen items removed; "
+        f"{len(table['seeds'])} seeds, {budget['train_processor_seconds']:g} processor seconds of training on one thread "
+        f"each. Intervals: 95 % bootstrap over seeds and users. Popularity: {table['popularity']['recall@10']:.4f} / "
+        f"{table['popularity']['ndcg@10']:.4f}.",
+        "",
+        "| recipe | collisions | utilisation | neighbours | Recall@10 | NDCG@10 | NDCG@10 - "
+        f"{table['reference']} | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table["rows"]:
+        cells = [f"`{row['recipe']}`", number(row["collision_rate"]), number(row["utilisation"], ".2f")]
+        cells.append(number(row["neighbour_hit_rate"], ".2f"))
+        for metric in METRICS:
+            low, high = row[metric]["interval"]
+            cells.append(f"{row[metric]['mean']:.4f} [{low:.4f}, {high:.4f}]")
+        difference = (row.get("difference_to_reference") or {}).get("ndcg@10")
+        cells.append(
+            f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+            if difference
+            else ""
+        )
+        cells.append(f"{row['train_seconds']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "*collisions*: share of items whose full code another item has too, after the collision policy. *utilisation*: the "
+        "worst level's share of codes in use; *neighbours*: share of the 10 nearest items (by the vectors that were "
+        "quantized) with the same first code; both before the policy. *seconds*: processor seconds of training, without "
+        "the identifiers.",
+    ]
+    return "\n".join(lines) + "\n"
