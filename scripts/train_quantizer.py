@@ -5,7 +5,8 @@
 
 Row i of the features is item i of the catalogue. The output folder holds `codes.safetensors` (`codes` (N, L) int32 and
 `codebook_sizes` (L,)), `health.json`, and the quantizer: `quantizer.safetensors` (residual k-means) or `config.json`
-and `model.safetensors` (RQ-VAE, opened by `RQVAEModel.from_pretrained`).
+and `model.safetensors` (the trained ones, opened by `AutoModel.from_pretrained` after `import hf_genrec`). Loss terms that
+need histories or tags belong to a recipe (`identifiers.losses`), this script adds those that need the features alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -23,12 +25,18 @@ from hf_genrec.artifacts import staged_folder
 from hf_genrec.errors import GenRecError, IncompatibleComponentsError
 from hf_genrec.identifiers.collisions import COLLISION_POLICIES, resolve_collisions
 from hf_genrec.identifiers.health import identifier_health
+from hf_genrec.identifiers.quantizers.configuration_fsq import FSQConfig
+from hf_genrec.identifiers.quantizers.configuration_multi_head_vq import MultiHeadVQConfig
 from hf_genrec.identifiers.quantizers.configuration_rq_vae import RQVAEConfig
+from hf_genrec.identifiers.quantizers.configuration_vq import ASSIGNMENTS, CODEBOOK_UPDATES
+from hf_genrec.identifiers.quantizers.multi_head_vq import MultiHeadVQModel
 from hf_genrec.identifiers.quantizers.residual_kmeans import ResidualKMeans
-from hf_genrec.identifiers.quantizers.rq_vae import RQVAEModel
-from hf_genrec.identifiers.quantizers.training import train_rq_vae
+from hf_genrec.identifiers.quantizers.terms_codes import Uniqueness, UsageBalance
+from hf_genrec.identifiers.quantizers.terms_contrast import ReconstructionContrast
+from hf_genrec.identifiers.quantizers.training import train_fsq, train_multi_head_vq, train_rq_vae
+from hf_genrec.identifiers.quantizers.vq_layer import VQAutoencoder
 
-METHODS = ("residual_kmeans", "rq_vae")
+METHODS = ("residual_kmeans", "rq_vae", "multi_head_vq", "fsq")
 
 
 @dataclass
@@ -49,12 +57,22 @@ class QuantizerArguments:
     whiten: bool = field(default=False, metadata={"help": "k-means: unit variance components"})
     max_load: float | None = field(default=2.0, metadata={"help": "k-means: largest code / mean code; 0 = no limit"})
     iterations: int = field(default=25, metadata={"help": "k-means: rounds per level"})
-    hidden_sizes: list[int] = field(default_factory=lambda: [256, 128], metadata={"help": "RQ-VAE: encoder layers"})
-    latent_size: int = field(default=32, metadata={"help": "RQ-VAE: quantized dimensions"})
-    codebook_update: str = field(default="ema", metadata={"help": "RQ-VAE: ema or gradient"})
-    max_steps: int = field(default=1000, metadata={"help": "RQ-VAE: optimiser steps"})
-    batch_size: int = field(default=512, metadata={"help": "RQ-VAE: items per step"})
-    learning_rate: float = field(default=3e-3, metadata={"help": "RQ-VAE: peak learning rate"})
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 128], metadata={"help": "trained: encoder layers"})
+    latent_size: int = field(default=32, metadata={"help": "trained: dimensions of a codebook"})
+    codebook_update: str = field(
+        default="ema", metadata={"help": "trained: how codes move", "choices": CODEBOOK_UPDATES}
+    )
+    assignment: str = field(
+        default="nearest", metadata={"help": "trained: how codes are taken", "choices": ASSIGNMENTS}
+    )
+    random_prefix: float = field(default=0.0, metadata={"help": "RQ-VAE: share of items seen through a random prefix"})
+    gate: bool = field(default=False, metadata={"help": "multi-head VQ: gate over the heads"})
+    max_steps: int = field(default=1000, metadata={"help": "trained: optimiser steps"})
+    batch_size: int = field(default=512, metadata={"help": "trained: items per step"})
+    learning_rate: float = field(default=3e-3, metadata={"help": "trained: peak learning rate"})
+    contrast: float = field(default=0.0, metadata={"help": "trained: weight of CoST's reconstruction contrast"})
+    uniqueness: float = field(default=0.0, metadata={"help": "trained: weight of HiD-VAE's hinge on shared codes"})
+    usage_balance: float = field(default=0.0, metadata={"help": "trained: weight of even soft counts"})
 
 
 def read_features(path: str) -> np.ndarray:
@@ -76,8 +94,8 @@ def read_features(path: str) -> np.ndarray:
     return np.asarray(features, dtype=np.float32)
 
 
-def train(args: QuantizerArguments, features_NE: np.ndarray) -> ResidualKMeans | RQVAEModel:
-    """The quantizer that `args` asks for, fitted on all items."""
+def train(args: QuantizerArguments, features_NE: np.ndarray) -> ResidualKMeans | VQAutoencoder:
+    """The quantizer that `args` asks for, fitted on all items. FSQ's codes have the grid of its defaults."""
     if args.method == "residual_kmeans":
         return ResidualKMeans(
             args.codebook_sizes,
@@ -87,35 +105,35 @@ def train(args: QuantizerArguments, features_NE: np.ndarray) -> ResidualKMeans |
             whiten=args.whiten,
             max_load=args.max_load or None,
         ).fit(features_NE)
-    config = RQVAEConfig(
-        input_size=features_NE.shape[1],
-        hidden_sizes=args.hidden_sizes,
-        latent_size=args.latent_size,
-        codebook_sizes=args.codebook_sizes,
-        codebook_update=args.codebook_update,
-    )
-    return train_rq_vae(
-        features_NE,
-        config,
-        seed=args.seed,
-        max_steps=args.max_steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-    )
+    options: dict[str, Any] = {"input_size": features_NE.shape[1], "hidden_sizes": args.hidden_sizes}
+    books = {name: getattr(args, name) for name in ("latent_size", "codebook_sizes", "codebook_update", "assignment")}
+    training: dict[str, Any] = {
+        name: getattr(args, name) for name in ("seed", "max_steps", "batch_size", "learning_rate")
+    }
+    training["terms"] = {
+        "contrast": ReconstructionContrast(args.contrast),
+        "uniqueness": Uniqueness(args.uniqueness),
+        "usage_balance": UsageBalance(args.usage_balance),
+    }
+    if args.method == "fsq":
+        return train_fsq(features_NE, FSQConfig(**options), **training)
+    if args.method == "multi_head_vq":
+        return train_multi_head_vq(features_NE, MultiHeadVQConfig(**options, **books, gate=args.gate), **training)
+    return train_rq_vae(features_NE, RQVAEConfig(**options, **books, random_prefix=args.random_prefix), **training)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, train, resolve, report, save."""
-    (args,) = HfArgumentParser(QuantizerArguments).parse_args_into_dataclasses(argv)
+    (args,) = HfArgumentParser(QuantizerArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
     features_NE = read_features(args.features)
     start = time.perf_counter()
     quantizer = train(args, features_NE)
+    codebooks = quantizer.padded_codebooks() if isinstance(quantizer, MultiHeadVQModel) else quantizer.codebooks
+    space: dict[str, Any] = (
+        {} if args.method == "fsq" else {"codebooks": codebooks, "features": quantizer.transform(features_NE)}
+    )
     codes_NL, sizes = resolve_collisions(
-        quantizer.encode(features_NE),
-        quantizer.codebook_sizes,
-        args.collisions,
-        codebooks=quantizer.codebooks,
-        features=quantizer.transform(features_NE),
+        quantizer.encode(features_NE), quantizer.codebook_sizes, args.collisions, **space
     )
     health = identifier_health(codes_NL, sizes, features_NE)
     print(health)

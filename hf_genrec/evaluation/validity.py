@@ -47,7 +47,8 @@ def invalid_id_rate(
         max_items: newest items read of each history; default: what the model recommends with.
 
     Raises:
-        IncompatibleComponentsError: items that are not named by words, another catalogue, or no histories.
+        IncompatibleComponentsError: items that are not named by words, another catalogue, no histories, or a search that
+            returned nothing.
     """
     check_fingerprint(model, tokenizer)
     if not hasattr(tokenizer, "item_end_token_id") or not histories:
@@ -87,4 +88,6 @@ def invalid_id_rate(
         valid = names_items(tokenizer, answers)
         wrong, total = wrong + int((~valid).sum()), total + len(valid)
     model.train(was_training)
-    return wrong / max(1, total)
+    if total == 0:  # 0.0 would read as "every name was valid"
+        raise IncompatibleComponentsError("invalid_id_rate: the search returned no beam to judge; check num_beams.")
+    return wrong / total

@@ -65,15 +65,15 @@ class PrincipalComponents:
         scale_P = deviation_P.clamp_min(floor) if whiten else torch.ones_like(deviation_P)
         return cls(mean_D.float(), components_PD.float().contiguous(), scale_P.float())
 
-    def apply(self, x_ND: Tensor) -> Tensor:
-        """Project (N, D) to (N, P)."""
+    def apply(self, x_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """Project (N, D) to (N, P); a centring alone can write into `out`, which may be used again."""
         if x_ND.shape[1] != len(self.mean_D):
             raise IncompatibleComponentsError(
                 f"features have {x_ND.shape[1]} dimensions, the quantizer was fitted on {len(self.mean_D)}"
             )
-        centred_ND = x_ND - self.mean_D.to(x_ND)
         if self.components_PD is None or self.scale_P is None:
-            return centred_ND
+            return torch.sub(x_ND, self.mean_D.to(x_ND), out=out)
+        centred_ND = x_ND - self.mean_D.to(x_ND)
         return (centred_ND @ self.components_PD.to(x_ND).t()) / self.scale_P.to(x_ND)
 
     def invert(self, x_NP: Tensor) -> Tensor:

@@ -294,7 +294,7 @@ MODELS: dict[str, Component] = {
     "tiger": Component(
         "hf_genrec.models.tiger.modeling_tiger:TigerForConditionalGeneration",
         frozenset({"autoregressive", "prefix_training"}),
-        frozenset({"fixed_length", "ordered_codes"}),
+        frozenset({"ordered_codes"}),
     ),
 }
 
@@ -376,9 +376,7 @@ LOSSES: dict[str, Component] = {
         "hf_genrec.recipes.stages.losses:tag_contrast",
         options={"weight": float, "temperature": float, "tag_vectors": str, "encoder": str},
     ),
-    "uniqueness": Component(
-        "hf_genrec.recipes.stages.losses:uniqueness", options={"weight": float, "margin": float}
-    ),
+    "uniqueness": Component("hf_genrec.recipes.stages.losses:uniqueness", options={"weight": float, "margin": float}),
     "usage_balance": Component(
         "hf_genrec.recipes.stages.losses:usage_balance",
         options={"weight": float, "temperature": float, "form": str, "sharpness": float},

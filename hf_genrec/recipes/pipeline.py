@@ -345,7 +345,9 @@ def save(
     """Write the artefact in one step: with the quantizer, and with pictures where matplotlib is installed."""
     names = feature_names(recipe.identifiers.get("features", []), identifiers.context.blocks)
     vectors = identifiers.context.vectors(names) if names else None
-    same = tokenizer is identifiers.tokenizer and identifiers.quantized is not None  # training may have made other codes
+    same = (
+        tokenizer is identifiers.tokenizer and identifiers.quantized is not None
+    )  # training may have made other codes
     features = None
     if same and names:
         takes = "item_features" in MODELS[recipe.model["type"]].gives

@@ -17,7 +17,7 @@ import yaml
 
 from hf_genrec.errors import IncompatibleComponentsError, RecipeError
 from hf_genrec.generation.strategies import DECODING_STRATEGIES
-from hf_genrec.identifiers.collisions import COLLISION_POLICIES
+from hf_genrec.identifiers.collisions import COLLISION_POLICIES, check_collision_options
 from hf_genrec.recipes.components import FEATURES, LOSSES, METHODS, MODELS, QUANTIZERS, Component
 
 FOLDER = Path(__file__).parent
@@ -302,6 +302,11 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
     quantizer = _component("identifiers.quantizer", identifiers.get("quantizer"), QUANTIZERS)
     _check("identifiers", identifiers, IDENTIFIERS | quantizer.options)
     _choice("identifiers.collisions", identifiers.get("collisions", "keep"), COLLISIONS)
+    check_collision_options(identifiers.get("collisions", "keep"), identifiers.get("collision_options") or {})
+    if "parts" in quantizer.options:
+        from hf_genrec.recipes.stages.joined import check_parts  # it reads the tables that this module checks
+
+        check_parts(identifiers.get("parts"), list(content.get("features") or {}))
     for name in identifiers.get("features", []):
         _choice("identifiers.features", name, content.get("features") or {})
     model = _component("model.type", content["model"].get("type"), MODELS)
@@ -324,7 +329,7 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
             f"{where}: training.method {training['method']!r} needs a model that gives {wanted}, and "
             f"{content['model']['type']!r} does not."
         )
-    lacking = model.needs - quantizer.given(identifiers)
+    lacking = model.needs - _given(identifiers)
     if lacking:
         fitting = [
             name for name, other in QUANTIZERS.items() if model.needs <= other.gives.union(*other.gives_if.values())
@@ -333,6 +338,17 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
             f"{where}: model {content['model']['type']!r} needs {', '.join(sorted(lacking))}, which quantizer "
             f"{identifiers['quantizer']!r} does not give; quantizers that fit: {', '.join(fitting)}."
         )
+
+
+def _given(identifiers: dict[str, Any]) -> frozenset[str]:
+    """What the identifiers give: the quantizer's, less a fixed length that a part or the collision policy takes away."""
+    quantizer = QUANTIZERS[identifiers["quantizer"]]
+    given = quantizer.given(identifiers)
+    parts = [QUANTIZERS[part["quantizer"]].given(part) for part in identifiers.get("parts") or []]
+    some_shorter = (identifiers.get("collision_options") or {}).get("only_where_needed", False)
+    if some_shorter or any("fixed_length" not in part for part in parts):
+        given = given - {"fixed_length"}
+    return given
 
 
 def _check_losses(where: str, identifiers: dict[str, Any], quantizer: Component, features: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from hf_genrec.recipes.resolver import FOLDER, nearest, recipe_names, resolve_re
 
 METRICS = ("recall@10", "ndcg@10")
 REFERENCE = "tiger_packed"
-OTHERS = {"identifiers": (REFERENCE, "sasrec")}  # rows that are not of the stage itself
+OTHERS = {"identifiers": (REFERENCE, "liger", "p5", "rpg", "tandem", "sasrec")}  # rows that are not of the stage itself
 STAGE_OF = {"identifiers": "creation"}
 
 

@@ -438,3 +438,23 @@ def test_successor_catalogue():
                 break
     assert hit == 1.0
     assert time.perf_counter() - began < 60
+
+
+def test_codes_of_several_lengths() -> None:
+    """A tree whose leaves lie at different depths: loss and `score_all` are one distribution over the items."""
+    from hf_genrec.data.collators import PrefixCollator
+
+    codes = [[0, 0, -1], [0, 1, 0], [0, 1, 1], [1, 0, -1], [1, 1, -1], [2, -1, -1]]
+    tokenizer = ItemTokenizer.from_codes([f"i{row}" for row in range(6)], codes, codebook_sizes=[3, 2, 2])
+    torch.manual_seed(0)
+    config = TigerConfig.from_tokenizer(tokenizer, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1)
+    model = TigerForConditionalGeneration(config).eval()
+    history = ["i1", "i3", "i5"]
+    scores = model.score_all([history], tokenizer=tokenizer)[0]
+    collate = PrefixCollator(tokenizer)
+    for item in range(6):
+        batch = collate([{"items": np.array([1, 3, 5]), "target": item}])
+        loss = model(**batch).loss.item() * int((batch["labels"] >= 0).sum())
+        assert scores[item].item() == pytest.approx(-loss, abs=1e-5)
+    found = model.recommend([history], tokenizer=tokenizer, k=6, num_beams=6, exclude_seen=False)[0]
+    assert [one.item_id for one in found] == [f"i{row}" for row in scores.argsort(descending=True).tolist()]

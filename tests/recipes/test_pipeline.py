@@ -146,6 +146,7 @@ _OTHERS = {
     | {
         "identifiers.tags": {"columns": ["kind", "part"], "order": "given"},
         "identifiers.losses": {"tag_contrast": {"tag_vectors": "items"}},
+        "collisions": "counter",
     },
     "etegrec": _SMALL_TIGER
     | {
@@ -155,19 +156,6 @@ _OTHERS = {
         "training.max_steps": -1,
         "per_device_train_batch_size": 8,
         "training.method_options": {"cycles": 2, "recommender_epochs": 3, "warm_epochs": 3, "final_epochs": 90},
-    },
-    "idgenrec": {
-        "identifiers.min_count": 1,
-        "text_tokens": 8,
-        "model.recommender_t5": {"dropout_rate": 0.0},
-        "per_device_train_batch_size": 4,
-        "training.method_options": {
-            "cycles": 2,
-            "recommender_epochs": 2,
-            "warm_epochs": 2,
-            "final_epochs": 50,
-            "generator_steps": 60,
-        },
     },
     "eager": _NO_TEXT
     | {"identifiers.features": None, "identifiers.parts": [_TREE, _TREE | {"branching": 10}]}
@@ -203,16 +191,16 @@ _OTHERS = {
     "actionpiece": _NO_TEXT
     | {
         "num_codebooks": 3,
-        "codebook_size": 8,
+        "codebook_size": 16,
         "attribute_columns": [],
         "hash_buckets_size": 16,
-        "vocabulary_size": 100,
-        "segmentations": 3,
-        "model.d_model": 32,
-        "model.dropout_rate": 0.0,
+        "vocabulary_size": 70,
         "training.method_options": {"stretch": 1.0},
-        "num_train_epochs": 60,
+        "num_train_epochs": 250,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 32,
         "ema_decay": None,
+        "eval_epochs": 30,
         "generation.num_beams": 20,
     },
     "specgr": _NO_TEXT | {"codebook_sizes": [8, 8], "model.features": ["cooccurrence"], "num_train_epochs": 30},
@@ -225,6 +213,6 @@ def test_other_recipes_reach_hit_at_1_too(tmp_path, name) -> None:
     log = _write_log(tmp_path)
     options = {"max_history": 12, "logging_steps": 1000, "eval_epochs": 10} | _OTHERS[name]
     recipe = resolve_recipe(name, options)
-    items = tmp_path / "items.csv" if recipe.needs_text() else None
+    items = tmp_path / "items.csv" if recipe.needs_text() or "tags" in recipe.identifiers else None
     trained = train_recipe(recipe, log, tmp_path / "model", items=items, baselines=["popularity"], progress=False)
     assert trained.metrics["test"]["recall@1"] == 1.0

@@ -182,15 +182,23 @@ class ResidualKMeans:
         """Codes (N, L) int64 of features (N, D); works for items that were not in `fit`."""
         projection, x_ND = self._fitted(), check_features(x_ND)
         codes_NL = torch.empty(len(x_ND), self.num_levels, dtype=torch.int64)
+        # buffers for all chunks: fresh pages cost as much as a GEMM
+        longest = min(self.chunk_size, len(x_ND))
+        scratch, (centred, added) = (
+            x_ND.new_empty(longest * max(self.codebook_sizes)),
+            x_ND.new_empty(2, longest, self.levels[0].width),
+        )
         for rows in chunks(len(x_ND), self.chunk_size):
-            origin_BP = projection.apply(x_ND[rows])
-            residual_BP, prefix_B = origin_BP.clone(), torch.zeros(len(origin_BP), dtype=torch.int64)
+            size_B = rows.stop - rows.start
+            origin_BP = projection.apply(x_ND[rows], out=centred[:size_B])
+            residual_BP = origin_BP.clone() if self.concat_prefix else origin_BP
+            prefix_B = torch.zeros(size_B, dtype=torch.int64)
             for number, (level, size) in enumerate(zip(self.levels, self.codebook_sizes, strict=True)):
                 semantic_BP = (origin_BP - residual_BP) * self.prefix_weight if self.concat_prefix else None
-                codes_B = level.encode(residual_BP, prefix_B, semantic_BP, self.chunk_size)
+                codes_B = level.encode(residual_BP, prefix_B, semantic_BP, self.chunk_size, scratch)
                 codes_NL[rows, number] = codes_B
                 if number + 1 < self.num_levels:
-                    residual_BP -= level.vectors(codes_B, prefix_B).to(residual_BP)
+                    residual_BP -= level.vectors(codes_B, prefix_B, added[:size_B])
                 prefix_B = prefix_B * size + codes_B
         return codes_NL
 

@@ -107,12 +107,13 @@ class ResidualLevel:
         prefix_B: Tensor | None = None,
         semantic_BP: Tensor | None = None,
         chunk_size: int = DEFAULT_CHUNK,
+        scratch: Tensor | None = None,
     ) -> Tensor:
         """Codes (B,) of residuals; code 0 under a prefix that no item of `fit` had."""
         x_BQ = residual_BP if self.books_GCQ.shape[2] == self.width else torch.cat([residual_BP, semantic_BP], 1)  # type: ignore[list-item]
         books_GCQ, price_GC = self.books_GCQ.to(x_BQ), self.price_GC.to(x_BQ)
         if self.keys_G is None:
-            return nearest(x_BQ, books_GCQ[0], price_GC[0], chunk_size)
+            return nearest(x_BQ, books_GCQ[0], price_GC[0], chunk_size, scratch=scratch)
         assert prefix_B is not None
         group_B = self._groups(prefix_B)
         codes_B = torch.zeros_like(prefix_B)
@@ -122,10 +123,10 @@ class ResidualLevel:
                 codes_B[rows] = nearest(x_BQ[rows], books_GCQ[group], price_GC[group], chunk_size)
         return codes_B
 
-    def vectors(self, codes_B: Tensor, prefix_B: Tensor | None = None) -> Tensor:
-        """What the codes (B,) add, (B, P); nothing under a prefix that no item of `fit` had."""
+    def vectors(self, codes_B: Tensor, prefix_B: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """What the codes (B,) add, (B, P), into `out` where all items share a codebook; 0 under an unknown prefix."""
         if self.keys_G is None:
-            return self.books_GCQ[0, :, : self.width][codes_B]
+            return torch.index_select(self.books_GCQ[0, :, : self.width], 0, codes_B, out=out)
         assert prefix_B is not None
         group_B = self._groups(prefix_B)
         return self.books_GCQ[group_B, codes_B, : self.width] * (group_B >= 0)[:, None]
@@ -134,6 +135,7 @@ class ResidualLevel:
         self, residual_NP: Tensor, codes_N: Tensor, prefix_N: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK
     ) -> None:
         """Take what the codes add off the residuals, in place and chunk by chunk."""
+        buffer_BP = residual_NP.new_empty(min(chunk_size, len(residual_NP)), self.width)
         for rows in chunks(len(residual_NP), chunk_size):
             prefix_B = prefix_N if prefix_N is None else prefix_N[rows]
-            residual_NP[rows] -= self.vectors(codes_N[rows], prefix_B).to(residual_NP)
+            residual_NP[rows] -= self.vectors(codes_N[rows], prefix_B, buffer_BP[: rows.stop - rows.start])

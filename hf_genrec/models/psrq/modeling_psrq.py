@@ -42,6 +42,9 @@ from .configuration_psrq import PSRQConfig
 from .cross_attention import prefix_interest
 
 
+_SCORES_AT_ONCE = 1 << 22  # attention scores that are held while items are ranked: what a processor's cache takes
+
+
 class ItemTower(nn.Module):
     """Sum of an item's code vectors, through one residual layer, to the vectors a side of the attention needs."""
 
@@ -263,8 +266,14 @@ class PSRQForRecommendation(RecommendationMixin, PSRQPreTrainedModel):
         """
         ids_BTL, mask_BT = whole_items(input_ids, attention_mask, self.config.num_levels)
         ids_BTL, mask_BT = newest_items(ids_BTL, mask_BT, self.config.max_position_embeddings)
-        logits_BN = self.candidate_logits(ids_BTL, mask_BT, self._item_tokens(), last_only=True)[:, 0]
-        return PSRQState(logits_BN.float().log_softmax(-1))
+        tokens_NL = self._item_tokens()
+        scores_per_user = max(1, ids_BTL.shape[1] * len(tokens_NL) * len(self.log_slope))
+        users = max(1, _SCORES_AT_ONCE // scores_per_user)
+        logits = [
+            self.candidate_logits(ids_bTL, mask_bT, tokens_NL, last_only=True)[:, 0]
+            for ids_bTL, mask_bT in zip(ids_BTL.split(users), mask_BT.split(users), strict=True)
+        ]
+        return PSRQState(torch.cat(logits).float().log_softmax(-1))
 
     def score_dense(self, state: PSRQState) -> Tensor:
         """Log-probabilities (B, N) of all items, the softmax of their logits."""

@@ -11,6 +11,8 @@ from hf_genrec.errors import RecipeError
 from hf_genrec.recipes.stages.context import MethodResult, StageContext, TrainingJob
 from hf_genrec.recipes.stages.features import columns_of_values
 
+_VALIDATION = 2**31  # stands where epochs stand in the seeds of training
+
 
 def hash_buckets(item_ids: list[str], features_NL: np.ndarray, num_buckets: int) -> np.ndarray:
     """A bucket (N,) per item from a hash of its id; of items with equal features each takes the next free bucket.
@@ -93,7 +95,9 @@ def action_piece_tokenizer(
 
 
 def set_permutation(job: TrainingJob, *, permute: bool = True, stretch: float = 3.0) -> MethodResult:
-    """Next-item training that segments every history anew in every epoch; validation reads one segmentation.
+    """Next-item training that segments every history anew in every epoch; validation reads one permuted segmentation.
+
+    A model trained on permuted sets has hardly seen the segmentation without chance: serve it with `segmentations` > 1.
 
     Args:
         permute: False = the segmentation without chance throughout.
@@ -104,6 +108,7 @@ def set_permutation(job: TrainingJob, *, permute: bool = True, stretch: float = 
 
     served, count = job.model.recommendation_config, job.tokenizer.segmentations
     job.tokenizer.segmentations = 1
+    job.tokenizer.resegment((job.args.seed, _VALIDATION) if permute else None)
     job.model.recommendation_config = served.merged(decoding="beam")
     try:
         result = train_recommender(
@@ -117,6 +122,7 @@ def set_permutation(job: TrainingJob, *, permute: bool = True, stretch: float = 
         )
     finally:
         job.tokenizer.segmentations = count
+        job.tokenizer.resegment(None)
     newest = result.model.recommendation_config.max_history
     result.model.recommendation_config = served.merged(max_history=newest)
     return MethodResult(result.model, job.tokenizer, result.summary)
