@@ -25,9 +25,11 @@ $(STAMP): pyproject.toml constraints.txt scripts/fetch_transformers_tests.py
 demo: install
 	$(BIN)/python examples/demo.py --output_dir runs/demo
 
+# One thread per process, as many processes as WORKERS; tests of one file stay together, slow ones are dealt out singly.
+WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest -m "not slow and not long"
-	$(BIN)/python -m pytest -m "slow and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not long"
 
 check: install
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = -100  # the label that `losses_codebook.tag_supervision` leaves out
 ORDERS = ("given", "frequent")
-_SEPARATORS = re.compile(r"[|>;,]")
+SEPARATORS = "|>;,"
 _CHUNK = 1024
 
 
@@ -90,9 +90,11 @@ class TagTable:
         return cls(tuple(names), np.stack(columns, 1))
 
     @classmethod
-    def from_items(cls, items: ItemTable, columns: Sequence[str], **options: Any) -> TagTable:
-        """From the item table: one column that holds several tags (a list, or text parted by `|`, `>`, `;` or `,`), or
-        one column per level, coarse to fine (of a list the first entry counts). `options` as in `from_values`.
+    def from_items(
+        cls, items: ItemTable, columns: Sequence[str], *, separators: str = SEPARATORS, **options: Any
+    ) -> TagTable:
+        """From the item table: one column that holds several tags (a list, or text parted by any of `separators`), or
+        one column per level, coarse to fine (of several entries the first counts). `options` as in `from_values`.
 
         Raises:
             ItemTableError: a column that the table lacks, or as `from_values`.
@@ -102,7 +104,8 @@ class TagTable:
                 raise ItemTableError(
                     f"item table: no tag column {name!r}; found {', '.join(map(repr, items.columns))}. Name one of these."
                 )
-        split = [[_parts(value) for value in items.table[name].to_pylist()] for name in columns]
+        between = re.compile("[" + re.escape(separators) + "]")
+        split = [[_parts(value, between) for value in items.table[name].to_pylist()] for name in columns]
         if len(split) == 1:
             return cls.from_values(split[0], **options)
         return cls.from_values([[part[0] if part else None for part in row] for row in zip(*split)], **options)
@@ -147,9 +150,9 @@ class TagTable:
         return means
 
 
-def _parts(value: Any) -> list[str]:
+def _parts(value: Any, between: re.Pattern[str]) -> list[str]:
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
         return [str(part) for part in value if part is not None]
-    return [part.strip() for part in _SEPARATORS.split(str(value))]
+    return [part for part in map(str.strip, between.split(str(value))) if part]

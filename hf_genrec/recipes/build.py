@@ -107,6 +107,20 @@ def build_identifiers(
     return Identifiers(tokenizer, context, record, made)
 
 
+def trained_record(identifiers: Identifiers, tokenizer: Any) -> dict[str, Any]:
+    """The record of the identifiers that training ended with: the first ones are kept under "at_start" if they changed."""
+    if tokenizer is identifiers.tokenizer or np.array_equal(tokenizer.codes, identifiers.tokenizer.codes):
+        return identifiers.record
+    if identifiers.quantized is None:
+        now = _tokens_record(tokenizer, identifiers.context.data, progress=False)
+    else:
+        sizes = tuple(int(size) for size in tokenizer.codebook_sizes)
+        now = identifier_health(np.asarray(tokenizer.codes), sizes).to_dict()
+        levels = len(identifiers.quantized.codebook_sizes)
+        now["before_policy"] = identifier_health(np.asarray(tokenizer.codes)[:, :levels], sizes[:levels]).to_dict()
+    return now | {"at_start": identifiers.record}
+
+
 def _seeded(policy: str, seed: int) -> dict[str, Any]:
     return {"seed": seed} if policy in ("random_tail", "sinkhorn") else {}
 

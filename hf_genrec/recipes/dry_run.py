@@ -31,7 +31,8 @@ _CAPS: dict[str, Any] = {
     "num_layers": 1, "num_decoder_layers": 1, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "num_user_tokens": 4,
     "max_history": 6, "num_beams": 10, "epochs": 1, "num_buckets": 4, "num_epochs": 1, "rounds_of_training": 1,
-    "per_device_train_batch_size": 8, "num_negatives": 8,
+    "per_device_train_batch_size": 8, "num_negatives": 8, "generator_steps": 3, "cycles": 1, "warm_epochs": 1,
+    "tokenizer_epochs": 1, "recommender_epochs": 1, "final_epochs": 1,
 }  # fmt: skip
 
 
@@ -67,6 +68,10 @@ def shrunk(recipe: Recipe) -> Recipe:
     if "max_steps" in QUANTIZERS[content["identifiers"]["quantizer"]].options:
         content["identifiers"]["max_steps"] = 2
     training = content["training"]
+    method = METHODS[training.get("method", "next_item")]
+    steps = {name: _CAPS[name] for name in method.options if name in ("generator_steps",)}
+    if steps:  # where the recipe leaves them to the method
+        training["method_options"] = steps | (training.get("method_options") or {})
     training |= {"max_steps": 1, "eval_strategy": "no", "report_to": "none", "logging_steps": 1000}
     training.pop("ema_decay", None)
     if content["generation"].get("dense_weight") == "validation":

@@ -40,7 +40,7 @@ from hf_genrec.hub.metrics_file import build_metrics
 from hf_genrec.identifiers.feature_transforms import feature_names
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes import baselines as baseline_runs
-from hf_genrec.recipes.build import Identifiers, build_identifiers, build_model
+from hf_genrec.recipes.build import Identifiers, build_identifiers, build_model, trained_record
 from hf_genrec.recipes.components import METHODS, MODELS
 from hf_genrec.recipes.resolver import Recipe
 from hf_genrec.recipes.stages.context import TrainingJob
@@ -244,7 +244,7 @@ def train_recipe(
         report,
         variants,
         reports,
-        identifiers.record,
+        trained_record(identifiers, tokenizer),
         fusion,
         trained.summary,
         stages.seconds,

@@ -51,6 +51,9 @@ def test_one_column_of_several_tags_or_one_column_per_level() -> None:
     text = {"item_id": list("abcd"), "kind": ["x|y", "x|z", None, "w|y"]}
     again = TagTable.from_items(ItemTable.from_source(text), ["kind"], min_items=1)
     assert again.names == table.names and np.array_equal(again.tags_NT, table.tags_NT)
+    words = {"item_id": list("abcd"), "kind": ["x y", "x  z", " ", "w y"]}
+    again = TagTable.from_items(ItemTable.from_source(words), ["kind"], separators="| ", min_items=1)
+    assert again.names == table.names and np.array_equal(again.tags_NT, table.tags_NT)
     apart = {"item_id": list("abcd"), "top": ["x", "x", None, "w"], "sub": ["y", "z", None, "y"]}
     columns = TagTable.from_items(ItemTable.from_source(apart), ["top", "sub"], min_items=1)
     assert columns.names == table.names and np.array_equal(columns.tags_NT, table.tags_NT)

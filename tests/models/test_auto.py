@@ -87,7 +87,9 @@ def test_registering_twice_changes_nothing():
 def test_every_model_of_the_recipes_is_registered():
     from hf_genrec.recipes.components import MODELS
 
-    registered = {AutoModelForRecommendation._model_mapping[config] for config in MODEL_FOR_RECOMMENDATION_MAPPING.keys()}
+    registered = {
+        AutoModelForRecommendation._model_mapping[config] for config in list(MODEL_FOR_RECOMMENDATION_MAPPING.keys())
+    }
     assert {component.load() for component in MODELS.values()} <= registered
 
 

@@ -28,7 +28,14 @@ from hf_genrec.generation.decoding.beam_cache import BeamCache
 from hf_genrec.generation.decoding.t5 import T5Decoder, T5State
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.models.t5_levels import use_pooled_dropout
-from hf_genrec.models.t5_packed import ItemCausalStack, item_causal, packed_decode, packed_forward, use_encoder
+from hf_genrec.models.t5_packed import (
+    ItemCausalStack,
+    item_causal,
+    packed_decode,
+    packed_forward,
+    use_encoder,
+    use_recency,
+)
 
 from .configuration_action_piece import ActionPieceConfig
 
@@ -46,6 +53,7 @@ def _apply_options(model: Any, config: ActionPieceConfig) -> None:
         use_pooled_dropout(model)
     if config.causal_encoder:
         use_encoder(model, TokenCausalStack)
+        use_recency(model)
 
 
 @dataclass(frozen=True)

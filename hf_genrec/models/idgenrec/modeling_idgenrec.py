@@ -31,7 +31,7 @@ from hf_genrec.generation.decoding.encoder_decoder import EncoderDecoderScorer
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.models.t5_levels import use_pooled_dropout
-from hf_genrec.models.t5_packed import ItemCausalStack, packed_forward, use_encoder
+from hf_genrec.models.t5_packed import ItemCausalStack, packed_forward, use_encoder, use_recency
 
 from .configuration_idgenrec import IDGenRecConfig
 from .naming import Name, generate_names
@@ -89,6 +89,7 @@ class IDGenRecForConditionalGeneration(RecommendationMixin, PreTrainedModel, Gen
             use_pooled_dropout(self)
         if config.causal_encoder:
             use_encoder(self.recommender, NamedItemStack)
+            use_recency(self.recommender)
         # the items' texts as words, -1 behind the end: what names are made from travels with the weights
         self.register_buffer("item_texts", torch.zeros(config.num_items, config.text_tokens, dtype=torch.int32))
         self.post_init()

@@ -23,6 +23,7 @@ from transformers import initialization as init
 from hf_genrec.errors import IncompatibleComponentsError
 from hf_genrec.generation.decoding.t5 import T5State
 from hf_genrec.models.t5_levels import T5LevelsForConditionalGeneration, use_pooled_dropout
+from hf_genrec.models.t5_packed import use_recency
 
 from .configuration_p5 import P5Config
 from .whole_words import install, word_start_flags
@@ -47,6 +48,8 @@ class P5Model(T5Model):
         super().__init__(config)
         if config.pooled_dropout:
             use_pooled_dropout(self)
+        if config.causal_encoder:
+            use_recency(self)
         install(self, config)
         _init_words(self)
 

@@ -41,7 +41,6 @@ from hf_genrec.models.item_timeline import newest_items, whole_items
 from .configuration_psrq import PSRQConfig
 from .cross_attention import prefix_interest
 
-
 _SCORES_AT_ONCE = 1 << 22  # attention scores that are held while items are ranked: what a processor's cache takes
 
 

@@ -18,7 +18,7 @@ from hf_genrec.recipes.stages.context import Quantized, StageContext
 from hf_genrec.recipes.stages.losses import TermSources, make_terms
 
 _TRAINING = ("max_steps", "learning_rate", "batch_size", "kmeans_init")
-_TAGS = ("columns", "levels", "order", "min_items", "fill_missing")
+_TAGS = ("columns", "levels", "order", "min_items", "separators", "fill_missing")
 _EXAMPLES = 10
 
 
@@ -85,7 +85,7 @@ def _train(
 def _tag_table(
     context: StageContext, vectors: np.ndarray, num_levels: int, options: dict[str, Any] | None
 ) -> TagTable | None:
-    """Tags of the items as `identifiers.tags` asks for them: {columns: [...], levels, order, min_items, fill_missing}.
+    """Tags of the items as `identifiers.tags` asks for them: {columns: [...], ...}, see `TagTable`.
 
     Raises:
         ItemTableError: no item table, a column that it lacks, tags that tell nothing.
@@ -102,7 +102,7 @@ def _tag_table(
         raise ItemTableError(
             f"{context.data.name}: the recipe needs tags of the items; give an item table with --items."
         )
-    given = {key: options[key] for key in ("order", "min_items") if key in options}
+    given = {key: options[key] for key in ("order", "min_items", "separators") if key in options}
     table = TagTable.from_items(items, options["columns"], levels=options.get("levels") or num_levels, **given)
     return table.filled(vectors) if options.get("fill_missing") else table
 
