@@ -140,6 +140,28 @@ _SMALL_TEXT_TO_TEXT = {
 _SMALL_RQ = {"codebook_sizes": [8, 8], "latent_size": 8, "hidden_sizes": [16], "identifiers.max_steps": 300}
 _RQ_TIGER = _NO_TEXT | _SMALL_RQ | {"num_train_epochs": 60, "per_device_train_batch_size": 8}
 _OTHERS = {
+    "idgenrec": {
+        "identifiers.min_count": 1,
+        "text_tokens": 8,
+        "per_device_train_batch_size": 4,
+        "training.method_options": {
+            "cycles": 2,
+            "recommender_epochs": 2,
+            "warm_epochs": 2,
+            "final_epochs": 40,
+            "generator_steps": 60,
+        },
+    },
+    "colarec": {
+        "features.cooccurrence.dim": 16,
+        "branching": 4,
+        "model.d_model": 32,
+        "model.dropout_rate": 0.0,
+        "max_history": 12,
+        "num_train_epochs": 60,
+        "per_device_train_batch_size": 4,
+        "ema_decay": None,
+    },
     "letter": _RQ_TIGER | {"collision_options": {"fallback": "next_nearest"}},
     "cost": _RQ_TIGER,
     "hid_vae": _RQ_TIGER
