@@ -87,7 +87,7 @@ class Recipe:
         """True when items without text cannot be used."""
         quantizer = QUANTIZERS[self.identifiers["quantizer"]]
         block = "text" in self.features and self.features["text"].get("when_missing", "error") == "error"
-        return block or "item_text" in quantizer.needs
+        return block or "item_text" in quantizer.needs or "item_content" in MODELS[self.model["type"]].gives
 
 
 def recipe_names() -> list[str]:

@@ -191,6 +191,8 @@ if "journal" not in sys.argv:
             save(0, target)
             save(1, target)
     try:
+        while not target.exists():  # the last kill may have left nothing, and the first save takes its time
+            time.sleep(0.01)
         end = time.monotonic() + 4
         results = Counter()
         while time.monotonic() < end:
