@@ -166,7 +166,7 @@ _OTHERS = {
     "cost": _RQ_TIGER,
     "hid_vae": _RQ_TIGER
     | {
-        "identifiers.tags": {"columns": ["kind", "part"], "order": "given"},
+        "identifiers.tags": {"columns": ["kind", "part"], "order": "given", "separators": None, "min_items": 2},
         "identifiers.losses": {"tag_contrast": {"tag_vectors": "items"}},
         "collisions": "counter",
     },
