@@ -45,9 +45,8 @@ def feature_blocks(context: StageContext, features: dict[str, dict[str, Any]]) -
 
 def model_vectors(context: StageContext, names: list[str] | None = None) -> tuple[np.ndarray | None, list[int]]:
     """Input features of the model: the named blocks (default all) side by side (N, F), and the width of each."""
-    chosen = [block.inputs for name, block in context.blocks.items() if names is None or name in names]
-    if names is not None:
-        chosen = [context.blocks[name].inputs for name in names if name in context.blocks]
+    wanted = list(context.blocks) if names is None else names
+    chosen = [context.blocks[name].inputs for name in wanted if name in context.blocks]
     widths = [int(block.shape[1]) for block in chosen]
     return (np.concatenate(chosen, axis=1) if chosen else None), widths
 
@@ -90,7 +89,7 @@ def build_identifiers(
         codebooks=made.codebooks,
         features=made.features,
         priority=training_counts(split.train, data.num_items),
-        **_seeded(policy, seed),
+        seed=seed,
         **(recipe.identifiers.get("collision_options") or {}),
     )
     health = identifier_health(codes, sizes, vectors)
@@ -119,10 +118,6 @@ def trained_record(identifiers: Identifiers, tokenizer: Any) -> dict[str, Any]:
         levels = len(identifiers.quantized.codebook_sizes)
         now["before_policy"] = identifier_health(np.asarray(tokenizer.codes)[:, :levels], sizes[:levels]).to_dict()
     return now | {"at_start": identifiers.record}
-
-
-def _seeded(policy: str, seed: int) -> dict[str, Any]:
-    return {"seed": seed} if policy in ("random_tail", "sinkhorn") else {}
 
 
 def _tokens_record(tokenizer: Any, data: RecommendationData, progress: bool) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from hf_genrec.errors import ArtifactError, TrainingError
 
 from .arguments import RecommenderTrainingArguments
 from .checkpoints import checkpoints
-from .recommender import _COLLATORS, train_recommender, training_layout
+from .recommender import COLLATORS, train_recommender, training_layout
 from .versions import CatalogueIndex
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class JointTrainer:
             index.tokenizer,
             self.split,
             args,
-            data_collator=index.collator(_COLLATORS[training_layout(self.model)]),
+            data_collator=index.collator(COLLATORS[training_layout(self.model)]),
             user_ids=self.user_ids,
             resume_from_checkpoint=True if resume and checkpoints(running) else None,
         )

@@ -409,7 +409,7 @@ def train_recommender(
     if train_dataset is None:
         train_dataset = _training_set(layout, split, args, user_ids)
     if data_collator is None:
-        data_collator = _COLLATORS[layout](tokenizer)
+        data_collator = COLLATORS[layout](tokenizer)
     prepare = getattr(model, "prepare_training", None)
     if prepare is not None:  # the model hears what it will be trained on, and may bring callbacks of its own
         counts_N = np.bincount(split.train.items, minlength=tokenizer.num_items)
@@ -430,7 +430,7 @@ def train_recommender(
     return TrainingResult(trainer, _summary(trainer, output, time.perf_counter() - started))
 
 
-_COLLATORS: dict[str, Callable[[Any], Callable]] = {
+COLLATORS: dict[str, Callable[[Any], Callable]] = {
     "windows": SequenceCollator,
     "prefixes": PrefixCollator,
     "packed": PackedPrefixCollator,

@@ -30,12 +30,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
-from hf_genrec.errors import IncompatibleComponentsError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.models.dropout import PooledDropout
-from hf_genrec.models.item_scores import code_log_probs
+from hf_genrec.models.item_scores import ItemCodesMixin
 from hf_genrec.models.item_timeline import newest_items, whole_items
 
 from .configuration_psrq import PSRQConfig
@@ -99,7 +98,7 @@ class PSRQPreTrainedModel(PreTrainedModel):
             init.copy_(module.log_slope, (-steps_H * np.log(4.0)).repeat(self.config.num_modalities))
 
 
-class PSRQForRecommendation(RecommendationMixin, PSRQPreTrainedModel):
+class PSRQForRecommendation(ItemCodesMixin, RecommendationMixin, PSRQPreTrainedModel):
     """The ranking network with its scores over the catalogue.
 
     Example:
@@ -133,37 +132,6 @@ class PSRQForRecommendation(RecommendationMixin, PSRQPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.code_embedding = value
-
-    def set_catalogue(self, item_codes: Any) -> None:
-        """Store the codes (N, L) of the catalogue.
-
-        Raises:
-            IncompatibleComponentsError: a shape differs from the configuration.
-        """
-        codes = torch.tensor(np.asarray(item_codes)).to(self.item_codes)
-        if codes.shape != self.item_codes.shape:
-            raise IncompatibleComponentsError(
-                f"set_catalogue: item_codes has shape {tuple(codes.shape)}, the configuration says "
-                f"{tuple(self.item_codes.shape)}; build the configuration with from_tokenizer of the same catalogue."
-            )
-        self.item_codes.copy_(codes)
-        self._trie = None
-
-    def _item_tokens(self) -> Tensor:
-        return self.item_codes.long() + torch.tensor(self.config.level_offsets, device=self.item_codes.device)
-
-    def _rows(self, codes_PL: Tensor) -> Tensor:
-        """Catalogue row of items by their codes: the first of those that share them. (P,)"""
-        if self._trie is None or self._trie.device != codes_PL.device:
-            codes = self.item_codes.cpu()
-            self._trie = ItemTrie.from_codes(codes, list(self.config.codebook_sizes)).to(codes_PL.device)
-        leaf_P = self._trie.lookup(codes_PL)
-        if leaf_P.device.type == "cpu" and bool((leaf_P < 0).any()):
-            raise IncompatibleComponentsError(
-                f"labels hold codes {codes_PL[leaf_P < 0][0].tolist()}, which no item of the catalogue has; call "
-                "set_catalogue(tokenizer.codes), and set labels of other tokens to -100."
-            )
-        return self._trie.first_items(leaf_P)
 
     # -- both sides of the attention ------------------------------------------------------------------------------
 
@@ -277,8 +245,3 @@ class PSRQForRecommendation(RecommendationMixin, PSRQPreTrainedModel):
     def score_dense(self, state: PSRQState) -> Tensor:
         """Log-probabilities (B, N) of all items, the softmax of their logits."""
         return state.logp_BN
-
-    def score_codes(self, state: PSRQState, prefix_BKl: Tensor, level: int) -> Tensor:
-        """Log-probabilities (B, K, C) of the codes of `level` after a prefix: the mass of the items below each."""
-        codes_NL = self.item_codes.long().to(state.logp_BN.device)
-        return code_log_probs(state.logp_BN, codes_NL, prefix_BKl, level, int(self.config.codebook_sizes[level]))

@@ -24,7 +24,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from hf_genrec.errors import IncompatibleComponentsError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.generation.trie import ItemTrie
+from hf_genrec.models.item_scores import ItemCodesMixin
 from hf_genrec.models.item_timeline import ItemTimeline, newest_items, whole_items
 
 from .configuration_vq_rec import VQRecConfig
@@ -154,7 +154,7 @@ class VQRecState:
     logp_BN: Tensor
 
 
-class VQRecForRecommendation(RecommendationMixin, VQRecPreTrainedModel):
+class VQRecForRecommendation(ItemCodesMixin, RecommendationMixin, VQRecPreTrainedModel):
     """VQ-Rec with its scores over the catalogue.
 
     Example:
@@ -177,37 +177,6 @@ class VQRecForRecommendation(RecommendationMixin, VQRecPreTrainedModel):
         self._trie: ItemTrie | None = None
         self.recommendation_config = RecommendationConfig(decoding="dense")
         self.post_init()
-
-    def set_catalogue(self, item_codes: Any) -> None:
-        """Store the codes (N, L) of the catalogue.
-
-        Raises:
-            IncompatibleComponentsError: a shape differs from the configuration.
-        """
-        codes = torch.tensor(np.asarray(item_codes)).to(self.item_codes)
-        if codes.shape != self.item_codes.shape:
-            raise IncompatibleComponentsError(
-                f"set_catalogue: item_codes has shape {tuple(codes.shape)}, the configuration says "
-                f"{tuple(self.item_codes.shape)}; build the configuration with from_tokenizer of the same catalogue."
-            )
-        self.item_codes.copy_(codes)
-        self._trie = None
-
-    def _item_tokens(self) -> Tensor:
-        return self.item_codes.long() + torch.tensor(self.config.level_offsets, device=self.item_codes.device)
-
-    def _rows(self, codes_PL: Tensor) -> Tensor:
-        """Catalogue row of items by their codes: the first of those that share them. (P,)"""
-        if self._trie is None or self._trie.device != codes_PL.device:
-            codes = self.item_codes.cpu()
-            self._trie = ItemTrie.from_codes(codes, list(self.config.codebook_sizes)).to(codes_PL.device)
-        leaf_P = self._trie.lookup(codes_PL)
-        if leaf_P.device.type == "cpu" and bool((leaf_P < 0).any()):
-            raise IncompatibleComponentsError(
-                f"labels hold codes {codes_PL[leaf_P < 0][0].tolist()}, which no item of the catalogue has; call "
-                "set_catalogue(tokenizer.codes), and set labels of other tokens to -100."
-            )
-        return self._trie.first_items(leaf_P)
 
     def item_logits(self, states_Pd: Tensor, table_Vd: Tensor | None = None) -> Tensor:
         """Cosine over temperature of every item (P, N), float32."""
@@ -344,22 +313,6 @@ class VQRecForRecommendation(RecommendationMixin, VQRecPreTrainedModel):
     def score_dense(self, state: VQRecState) -> Tensor:
         """Log-probabilities (B, N) of all items, the softmax of their cosines over the temperature."""
         return state.logp_BN
-
-    def score_codes(self, state: VQRecState, prefix_BKl: Tensor, level: int) -> Tensor:
-        """Log-probabilities (B, K, C) of the codes of `level` after a prefix: the mass of the items below each.
-
-        Walking down the digits adds up to the log-probability of all items of a code: what searches over codes and
-        `score_all` need. Decoding "dense" ranks by `score_dense` at once.
-        """
-        codes_NL = self.item_codes.long().to(state.logp_BN.device)
-        mass_BN = (state.logp_BN - state.logp_BN.amax(-1, keepdim=True)).double().exp()
-        below_BKN = (prefix_BKl.unsqueeze(2) == codes_NL[:, :level]).all(-1)
-        mass_BKN = mass_BN.unsqueeze(1) * below_BKN
-        index = codes_NL[:, level].expand_as(mass_BKN)
-        sizes = (*mass_BKN.shape[:2], int(self.config.codebook_sizes[level]))
-        mass_BKC = mass_BKN.new_zeros(sizes).scatter_add_(2, index, mass_BKN)
-        whole_BK1 = mass_BKC.sum(-1, keepdim=True)
-        return (mass_BKC / whole_BK1.clamp(min=torch.finfo(torch.double).tiny)).log().float()
 
 
 class PretrainingPhase(TrainerCallback):
