@@ -24,6 +24,7 @@ from hf_genrec.errors import ArtifactError, IncompatibleComponentsError, ItemTab
 from hf_genrec.identifiers.feature_transforms import FEATURES_FILE, ItemFeatures
 from hf_genrec.identifiers.life_cycle import CatalogueChange, add_items, reassign, remove_items
 from hf_genrec.identifiers.quantizers.auto_quantizer import load_quantizer
+from hf_genrec.identifiers.tag_path import TAG_PATHS_FILE
 
 from .artifact import Artifact, load_artifact
 from .artifact_files import PLOTS_FOLDER, QUANTIZER_FOLDER
@@ -308,6 +309,7 @@ def _save(
     pictures: dict[str, Any] = {}
     for path in sorted((artifact.folder / PLOTS_FOLDER).glob("*.png")):
         pictures[path.stem.replace("-", " ")] = path.read_bytes()
+    beside = {TAG_PATHS_FILE: artifact.folder / QUANTIZER_FOLDER / TAG_PATHS_FILE}
     pictures |= identifier_pictures(change.tokenizer, None if features is None else features.identifier_vectors())
     save_artifact(
         artifact.folder,
@@ -319,4 +321,5 @@ def _save(
         plots=pictures or None,
         quantizer=quantizer,
         item_features=features,
+        quantizer_files={name: path.read_bytes() for name, path in beside.items() if path.is_file()},
     )

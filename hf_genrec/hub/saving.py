@@ -52,6 +52,7 @@ def save_artifact(
     extra_files: Mapping[str, bytes | str | os.PathLike] | None = None,
     quantizer: Any = None,
     item_features: Any = None,
+    quantizer_files: Mapping[str, bytes | str | os.PathLike] | None = None,
     max_shard_size: int | str = "50GB",
 ) -> Path:
     """Write an artefact folder in one step, over an existing one if there is one: a kill leaves the old or the new.
@@ -71,6 +72,7 @@ def save_artifact(
         extra_files: path in the folder -> bytes or path of further data files.
         quantizer: that made the codes -> `quantizer/`, for items that join later (left out where it cannot be read back).
         item_features: `ItemFeatures` of the catalogue, kept beside it.
+        quantizer_files: name -> bytes or path of what else belongs to the quantizer (a tag reader, say).
         max_shard_size: as in `save_pretrained`.
 
     Over an existing artefact, parts that are not given are kept: `save_artifact(folder, metrics=...)` adds numbers to a
@@ -112,6 +114,8 @@ def save_artifact(
             save_quantizer(quantizer, staged / files.QUANTIZER_FOLDER)
             if item_features is not None:
                 item_features.save(staged / files.QUANTIZER_FOLDER / FEATURES_FILE)
+            for name, value in (quantizer_files or {}).items():
+                _write(staged / files.QUANTIZER_FOLDER / _extra_name(name), value)
         if model is not None:
             _name_catalogue(staged, load_tokenizer(target) if files.TOKENIZER in kept else tokenizer)
         if items is not None:

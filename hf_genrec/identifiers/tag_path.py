@@ -17,6 +17,7 @@ from ..errors import IncompatibleComponentsError
 from .quantizers.quantizer_file import read_quantizer, write_quantizer
 from .tags import UNKNOWN
 
+TAG_PATHS_FILE = "tag_paths.safetensors"  # in the artefact's quantizer folder
 _FORM = "hf_genrec.tag_path.1"
 
 

@@ -184,6 +184,12 @@ QUANTIZERS: dict[str, Component] = {
         frozenset({"item_vectors"}),
         _PRODUCT_OPTIONS | {"rounds": int},
     ),
+    "svd_bins": Component(
+        "hf_genrec.recipes.stages.codes:svd_bins_codes",
+        _CODES,
+        frozenset({"item_vectors"}),
+        {"num_codebooks": int, "codebook_size": int},
+    ),
     "multi_head_vq": Component(
         "hf_genrec.recipes.stages.learned:multi_head_vq_codes",
         frozenset({"fixed_length", "learned"}),
@@ -308,6 +314,11 @@ FEATURES: dict[str, Component] = {
         "hf_genrec.recipes.stages.features:cooccurrence_block",
         frozenset({"item_vectors"}),
         options={"dim": int, "window": int, "damping": str},
+    ),
+    "interactions": Component(
+        "hf_genrec.recipes.stages.features:interactions_block",
+        frozenset({"item_vectors"}),
+        options={"dim": int, "damping": str},
     ),
     "sasrec": Component(
         "hf_genrec.recipes.stages.features:sasrec_block",

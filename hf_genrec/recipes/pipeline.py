@@ -355,6 +355,11 @@ def save(
         features = item_features(identifiers.context, names, model_names)
     with tempfile.TemporaryDirectory() as scratch:
         picture = plot_results(reports, Path(scratch) / "results.png", required=False)
+        beside = {}
+        if same and identifiers.quantized is not None:
+            for name, part in identifiers.quantized.files.items():
+                beside[name] = Path(scratch) / name
+                part.save(beside[name])
         save_artifact(
             folder,
             model=model,
@@ -365,4 +370,5 @@ def save(
             plots=identifier_pictures(tokenizer, vectors) | ({"results": picture.read_bytes()} if picture else {}),
             quantizer=identifiers.quantized.quantizer if same and identifiers.quantized is not None else None,
             item_features=features,
+            quantizer_files=beside,
         )

@@ -32,6 +32,7 @@ from hf_genrec.models.tiger.configuration_tiger import TigerConfig
 from hf_genrec.models.tiger.modeling_tiger import TigerForConditionalGeneration
 
 N, E = 24, 6
+TAGS = b"what reads tags off the codes"  # stays with the quantizer
 
 
 def world():
@@ -189,6 +190,7 @@ def artefact(tmp_path):
         recipe={"name": "test"},
         quantizer=quantizer,
         item_features=features,
+        quantizer_files={"tag_paths.safetensors": TAGS},
     )
     return tmp_path / "a", quantizer, vectors, tokenizer
 
@@ -211,6 +213,7 @@ def test_artefact_round_trip(artefact):
     found = [r.item_id for r in last.recommend([["i03"]], k=N - 2)[0]]
     assert "new" not in found and "i00" not in found
     assert (folder / "quantizer" / "quantizer.safetensors").is_file()
+    assert (folder / "quantizer" / "tag_paths.safetensors").read_bytes() == TAGS
 
 
 def test_reassigned_items_get_the_code_of_their_new_vector(artefact):

@@ -73,6 +73,8 @@ def test_every_loss_of_the_table_trains(context, name) -> None:
     if name == "tag_classification":
         found = made.record["tags"]
         assert found["tags"] == [5, 5] and len(found["accuracy"]) == len(found["chance"]) == 2
+        reader = made.files["tag_paths.safetensors"]
+        assert reader.path(made.codes_NL[:10]) == list(found["paths"].values())
         assert next(iter(found["paths"])) == context.data.item_ids[0] and len(found["paths"]["i00"]) == 2
 
 

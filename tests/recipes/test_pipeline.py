@@ -186,6 +186,8 @@ _OTHERS = {
     "tiger": _SMALL_TIGER | {"identifiers.max_steps": 300, "latent_size": 8, "hidden_sizes": [16]},
     "tiger_rkmeans": _SMALL_TIGER,
     "tiger_packed": _NO_TEXT | _SMALL_PACKED,
+    "tiger_svd": {key: value for key, value in _SMALL_PACKED.items() if key not in ("codebook_sizes", "pca_dim")}
+    | {"num_codebooks": 3, "codebook_size": 8, "num_train_epochs": 90},
     "liger": _NO_TEXT | _SMALL_PACKED | {"model.features": ["cooccurrence"], "projection_sizes": [32]},
     "d3": {"num_train_epochs": 30, "vocab_size": 400, "eval_strategy": "no"},
     "transrec": {

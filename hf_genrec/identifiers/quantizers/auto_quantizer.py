@@ -21,6 +21,7 @@ _FITTED = {  # header key of the file -> class
     "hf_genrec.product_quantizer.1": "product:ProductQuantizer",
     "hf_genrec.tree_indexer.1": "tree:TreeIndexer",
     "hf_genrec.spectral_indexer.1": "spectral:SpectralIndexer",
+    "hf_genrec.svd_bins.1": "svd_bins:SvdBins",
 }
 _TRAINED = {  # model type of the configuration -> class
     "rq_vae": "rq_vae:RQVAEModel",

@@ -1,4 +1,4 @@
-"""Codes that are fitted, not trained: atomic, residual k-means, product quantization."""
+"""Codes that are fitted, not trained: atomic, residual k-means, product quantization, SVD bins."""
 
 from __future__ import annotations
 
@@ -77,3 +77,13 @@ def opq_codes(
 def pq_codes(context: StageContext, vectors: np.ndarray, **options: Any) -> Quantized:
     """Product quantization on the item vectors, without a rotation."""
     return opq_codes(context, vectors, rotate=False, **options)
+
+
+def svd_bins_codes(context: StageContext, vectors: np.ndarray, *, num_codebooks: int, codebook_size: int) -> Quantized:
+    """Quantile bins along the leading singular directions of the item vectors (GPTRec, arXiv 2306.11114)."""
+    from hf_genrec.identifiers.quantizers.svd_bins import SvdBins
+
+    size = min(codebook_size, context.num_items)  # a recipe's default for many items also fits few
+    quantizer = SvdBins([size] * num_codebooks, seed=context.seed).fit(vectors)
+    codes = np.asarray(quantizer.fitted_codes_NL)  # equal bins hold for the codes of the fit
+    return Quantized(codes, quantizer.codebook_sizes, quantizer.codebooks, quantizer.transform(vectors), quantizer)

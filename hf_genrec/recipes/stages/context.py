@@ -39,6 +39,7 @@ class Quantized:
         features: (N, P) in the space of the codebooks.
         quantizer: the fitted quantizer, saved with the artefact so that new items can be given codes.
         record: more entries for `identifiers` in metrics.json.
+        files: file name -> object with `save(path)`, kept beside the quantizer in the artefact.
     """
 
     codes_NL: np.ndarray
@@ -47,6 +48,7 @@ class Quantized:
     features: Any = None
     quantizer: Any = None
     record: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_genrec.errors import IncompatibleComponentsError, ItemTableError, RecipeError, TrainingError
 from hf_genrec.identifiers.feature_transforms import BlockTransform, FittedBlock, ItemFeatures
-from hf_genrec.identifiers.features import PrincipalComponents, cooccurrence_svd, text_features
+from hf_genrec.identifiers.features import PrincipalComponents, cooccurrence_svd, interactions_svd, text_features
 from hf_genrec.recipes.stages.context import FeatureBlock, StageContext
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,13 @@ def cooccurrence_block(
     return FeatureBlock(
         _unit_scale(symmetric), np.concatenate([_unit_scale(source), _unit_scale(target)], axis=1).astype(np.float32)
     )
+
+
+def interactions_block(context: StageContext, *, dim: int = 64, damping: str = "none") -> FeatureBlock:
+    """Truncated SVD of the training part's user-item matrix, items as rows: U S, largest direction first."""
+    vectors = interactions_svd(context.split.train, context.num_items, dim, damping=damping)
+    vectors = vectors / max(float(vectors.std()), 1e-8)  # not centred: that would turn the directions
+    return FeatureBlock(vectors, vectors)
 
 
 def sasrec_block(

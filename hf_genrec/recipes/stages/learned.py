@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_genrec.errors import IncompatibleComponentsError, ItemTableError, RecipeError
-from hf_genrec.identifiers.tag_path import TagPathReader
+from hf_genrec.identifiers.tag_path import TAG_PATHS_FILE, TagPathReader
 from hf_genrec.identifiers.tags import TagTable
 from hf_genrec.recipes.stages.context import Quantized, StageContext
 from hf_genrec.recipes.stages.losses import TermSources, make_terms
@@ -76,9 +76,9 @@ def _train(
     if terms:
         made.record["losses"] = {name: term.last_value for name, term in terms.items()}
     if sources.tags is not None and "tag_classification" in terms:
-        made.record["tags"] = _tag_record(
-            context, sources.tags, TagPathReader.from_term(model, terms["tag_classification"]), codes
-        )
+        reader = TagPathReader.from_term(model, terms["tag_classification"])
+        made.record["tags"] = _tag_record(context, sources.tags, reader, codes)
+        made.files[TAG_PATHS_FILE] = reader
     return made
 
 
