@@ -8,6 +8,7 @@ from typing import Any
 from hf_genrec.errors import RequestError
 from hf_genrec.evaluation.catalogue import align_to_catalogue
 from hf_genrec.evaluation.report import comparison_table, results_table
+from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.hub import load_artifact
 from hf_genrec.recipes.baselines import evaluate_simple
 from hf_genrec.recipes.pipeline import KS, evaluate_model, load_data_section
@@ -28,7 +29,8 @@ def run_evaluate(options: argparse.Namespace) -> tuple[Any, str]:
         align=lambda d: align_to_catalogue(d, artifact.tokenizer.item_ids),
     )
     if options.num_beams is not None:
-        artifact.model.recommendation_config = artifact.model.recommendation_config.merged(num_beams=options.num_beams)
+        config = recommendation_config_of(artifact.model)
+        artifact.model.recommendation_config = config.merged(num_beams=options.num_beams)
     progress = not (options.quiet or options.json)
     name = (artifact.recipe or {}).get("name", "model")
     report, variants = evaluate_model(artifact.model, artifact.tokenizer, data, split, name, progress)

@@ -1,4 +1,4 @@
-"""`genrec recipes | train | evaluate | recommend | items | plots | doctor`: parse, call the library, print.
+"""`genrec recipes | train | evaluate | recommend | items | plots | export | doctor`: parse, call the library, print.
 
 Errors of the library print as one paragraph on stderr with exit code 2; `--traceback` shows more.
 """
@@ -84,11 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("--include_seen", action="store_true", help="items of the history may come back")
     recommend.add_argument("--allowed_items", help="item ids separated by commas: nothing else is recommended")
 
+    from hf_genrec.cli.export import add_export_parser
     from hf_genrec.cli.items import add_items_parser
     from hf_genrec.cli.plots import add_plots_parser
 
     add_items_parser(commands)
     add_plots_parser(commands)
+    add_export_parser(commands)
     commands.add_parser("doctor", help="what is installed and what works offline")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -191,6 +193,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from hf_genrec.cli.plots import run_plots
 
         result, text = run_plots(options)
+    elif options.command == "export":
+        from hf_genrec.cli.export import run_export
+
+        result, text = run_export(options)
     else:
         from hf_genrec.cli.doctor import run_doctor
 

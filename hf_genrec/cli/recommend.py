@@ -13,9 +13,8 @@ def run_recommend(options: argparse.Namespace) -> tuple[Any, str]:
     """JSON value and text to print."""
     artifact = load_artifact(options.folder)
     history = _ids(options.history)
-    answers = artifact.model.recommend(
+    answers = artifact.recommend(
         [history],
-        tokenizer=artifact.tokenizer,
         k=options.k,
         num_beams=options.num_beams,
         exclude_seen=False if options.include_seen else None,

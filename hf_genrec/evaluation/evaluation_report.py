@@ -64,6 +64,7 @@ class EvaluationReport:
         targets_M: `(M,)` target item of each row.
         targets_seen: Rows whose target is in their own history; with seen items removed they cannot be hit.
         bootstrap: Resamples, level and seed of the intervals.
+        buckets_M: `{"head" | "tail" | "cold": (M,) bool}`: rows whose target is in the bucket; empty without counts.
     """
 
     name: str
@@ -75,6 +76,7 @@ class EvaluationReport:
     targets_M: np.ndarray
     targets_seen: int = 0
     bootstrap: dict[str, Any] = field(default_factory=dict)
+    buckets_M: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> float:
         return self.results[self.headline][key]

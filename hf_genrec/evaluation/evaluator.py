@@ -159,6 +159,7 @@ def evaluate(
         targets_M=targets_M,
         targets_seen=_targets_seen(evaluation_set.histories, targets_M),
         bootstrap={"resamples": int(bootstrap), "level": level, "seed": int(seed)},
+        buckets_M={} if buckets is None else {name: mask_N[targets_M] for name, mask_N in buckets.items()},
     )
 
 

@@ -92,15 +92,17 @@ class ScoreRecommender(FullRanking):
 
 
 class ModelRecommender:
-    """A model with `recommend_indices` (RecommendationMixin) and its tokenizer as a recommender.
+    """A model and its tokenizer as a recommender: one of ours, or any language model that holds the item tokens.
 
     The beam width is the configuration's, whatever K the evaluator asks for: a wider search than the one users get
     would flatter the model, so a list ends (in `-1`) after `num_beams` items.
 
     Args:
-        model: Any model with `RecommendationMixin`.
-        tokenizer: The `ItemTokenizer` of the same catalogue.
-        recommendation_config: Beams, dense weight, longest history; default `model.recommendation_config`.
+        model: Any model with `recommend_indices` (RecommendationMixin), or a stock causal LM or encoder-decoder, PEFT
+            wrappers included, whose prompt is what the tokenizer writes.
+        tokenizer: The `ItemTokenizer` or extended text tokenizer of the same catalogue.
+        recommendation_config: Beams, dense weight, longest history; default the model's own, see
+            `recommendation_config_of`.
         batch_size: Histories per call; default the configuration's.
         user_ids: User strings by user row, when the tokenizer has user tokens; rows come from the evaluation set.
         num_beams: Override of the configuration's beam width.
@@ -119,17 +121,22 @@ class ModelRecommender:
         user_ids: Sequence[str] | None = None,
         num_beams: int | None = None,
     ):
+        from hf_genrec.generation.recommend import recommendation_config_of
         from hf_genrec.generation.requests import check_fingerprint
+        from hf_genrec.generation.scorers import scorer_for
         from hf_genrec.generation.trie import ItemTrie
 
-        if not hasattr(model, "recommend_indices"):
+        stock = not hasattr(model, "recommend_indices")
+        if stock and not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
             raise IncompatibleComponentsError(
                 f"{type(model).__name__} has no recommend_indices: models of this library mix in RecommendationMixin; "
                 "wrap another model's scores in ScoreRecommender"
             )
         check_fingerprint(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.config = recommendation_config if recommendation_config is not None else model.recommendation_config
+        self.config = recommendation_config if recommendation_config is not None else recommendation_config_of(model)
+        restrict = self.config.restrict_to_level
+        self._decoder = scorer_for(model, tokenizer, restrict_to_level=restrict) if stock else None
         self.batch_size = int(batch_size or self.config.batch_size)
         self.num_beams = int(num_beams or self.config.num_beams)
         self.user_ids = user_ids
@@ -147,17 +154,20 @@ class ModelRecommender:
             rows = order[start : start + self.batch_size]
             rows_B = [histories[int(r)] for r in rows]
             inputs = encode_batch(self.model, self.tokenizer, self.config, rows_B, self._users(rows, users))
-            items_Bk, _ = self.model.recommend_indices(
-                inputs["input_ids"],
-                inputs["attention_mask"],
-                trie=self.trie,
-                k=min(k, self.num_beams),
-                num_beams=self.num_beams,
-                seen=[np.unique(row) for row in rows_B] if exclude_seen else None,
-                config=self.config,
-            )
+            seen = [np.unique(row) for row in rows_B] if exclude_seen else None
+            items_Bk = self._search(inputs, min(k, self.num_beams), seen)
             items_Mk[rows, : items_Bk.shape[1]] = items_Bk.cpu().numpy()
         return items_Mk
+
+    def _search(self, inputs: dict, k: int, seen: list[np.ndarray] | None) -> Any:
+        from hf_genrec.generation.recommend import search_indices
+
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self._decoder is None:
+            options: dict[str, Any] = {"k": k, "num_beams": self.num_beams, "seen": seen, "config": self.config}
+            return self.model.recommend_indices(ids, mask, trie=self.trie, **options)[0]
+        config = self.config.merged(k=k, num_beams=self.num_beams)
+        return search_indices(self._decoder, ids, mask, self.trie, config, seen=seen)[0]
 
     def _users(self, rows: np.ndarray, users: np.ndarray | None) -> list[str] | None:
         if self.user_ids is None or users is None:

@@ -31,6 +31,8 @@ class RecommendationConfig:
         dense_weight: weight of a model's dense head in the final score; 0 = generation alone. Models without a dense
             head ignore it.
         renormalize: renormalise log-probabilities over the legal codes at each level (see `decoding.kernel`).
+        restrict_to_level: stock language models only: log-probabilities over the codes of each level instead of the whole
+            vocabulary, for models trained with such a softmax (`ItemSFTConfig.item_head`). Our own models ignore it.
         decoding: name of the search, of `search.DECODING_STRATEGIES`: "beam" unless the model needs another.
         decoding_options: options of that search (its table line lists them), e.g. `{"seed": 1}` for "sample".
         batch_size: users scored together by `recommend` (>= 1); changes speed and memory, not results.
@@ -49,6 +51,7 @@ class RecommendationConfig:
     max_history: int | None = None
     dense_weight: float = 0.0
     renormalize: bool = False
+    restrict_to_level: bool = False
     batch_size: int = 64
     decoding: str = "beam"
     decoding_options: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +64,7 @@ class RecommendationConfig:
             _require_positive(name, getattr(self, name))
         if self.max_history is not None:
             _require_positive("max_history", self.max_history)
-        for name in ("exclude_seen", "renormalize"):
+        for name in ("exclude_seen", "renormalize", "restrict_to_level"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         weight = self.dense_weight

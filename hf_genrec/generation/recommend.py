@@ -173,13 +173,7 @@ class RecommendationMixin:
             items_Bk (int64, -1 padded where fewer exist) and scores_Bk (-inf there).
         """
         config = (config or self.recommendation_config).merged(k=k, num_beams=num_beams)
-        trie = trie.to(input_ids.device)
-        item_filter = (
-            ItemFilter.from_rows(trie, seen) if allowed_BN is None else ItemFilter.from_mask(trie, allowed_BN, seen)
-        )
-        with evaluating(self):
-            state = self.start_decoding(input_ids, attention_mask)
-            return search_items(self, state, trie, config, item_filter, batch_size=input_ids.shape[0])
+        return search_indices(self, input_ids, attention_mask, trie, config, seen=seen, allowed_BN=allowed_BN)
 
     def score_all(
         self,
@@ -225,6 +219,40 @@ class RecommendationMixin:
         return torch.cat(scores) if scores else torch.zeros(0, trie.num_items)
 
 
+def search_indices(
+    decoder: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    trie: ItemTrie,
+    config: RecommendationConfig,
+    *,
+    seen: Sequence[np.ndarray] | None = None,
+    allowed_BN: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`RecommendationMixin.recommend_indices` for any decoder, one of `scorer_for` around a stock model for instance."""
+    trie = trie.to(input_ids.device)
+    item_filter = (
+        ItemFilter.from_rows(trie, seen) if allowed_BN is None else ItemFilter.from_mask(trie, allowed_BN, seen)
+    )
+    model = decoder if hasattr(decoder, "modules") else getattr(decoder, "model", decoder)
+    with evaluating(model):
+        state = decoder.start_decoding(input_ids, attention_mask)
+        return search_items(decoder, state, trie, config, item_filter, batch_size=input_ids.shape[0])
+
+
+def recommendation_config_of(model: Any) -> RecommendationConfig:
+    """The defaults that a model brings along: its own, else those in the folder it was loaded from, else the library's.
+
+    Stock models of transformers do not load `recommendation_config.json`, so it is looked for here: in a local folder, or
+    among the downloaded files of a Hub repository; nothing is fetched.
+    """
+    own = getattr(model, "recommendation_config", None)
+    if own is not None:
+        return own
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return RecommendationConfig.from_pretrained(folder, local_files_only=True) if folder else RecommendationConfig()
+
+
 def recommend(
     model: Any,
     histories: Sequence[Sequence[str]] | None = None,
@@ -237,7 +265,8 @@ def recommend(
     exclude_seen: bool | None = None,
     allowed_items: Sequence[str] | Sequence[Sequence[str]] | None = None,
     user_ids: Sequence[str] | None = None,
-    restrict_to_level: bool = False,
+    restrict_to_level: bool | None = None,
+    recommendation_config: RecommendationConfig | None = None,
     **options: Any,
 ) -> list[list[Recommendation]]:
     """At most k distinct catalogue items per request from any Hugging Face causal LM or encoder-decoder.
@@ -251,7 +280,8 @@ def recommend(
         tokenizer: an ItemTokenizer or an extended text tokenizer.
         k, num_beams, exclude_seen, allowed_items: as in `RecommendationMixin.recommend`; defaults 10, 50, True.
         restrict_to_level: take log-probabilities over the codes of each level only, for models that were trained so, or
-            for speed: the head then multiplies only those rows.
+            for speed: the head then multiplies only those rows. None: as configured.
+        recommendation_config: the defaults; None: see `recommendation_config_of`.
         options: other fields of RecommendationConfig (`renormalize`, `batch_size`, `max_history`, `decoding` ...).
 
     Returns:
@@ -263,9 +293,10 @@ def recommend(
     """
     check_fingerprint(model, tokenizer)
     check_k(k, tokenizer)
-    defaults = getattr(model, "recommendation_config", None) or RecommendationConfig()
+    defaults = recommendation_config if recommendation_config is not None else recommendation_config_of(model)
+    options["restrict_to_level"] = restrict_to_level
     config = defaults.merged(k=k, num_beams=num_beams, exclude_seen=exclude_seen, **options)
-    decoder = scorer_for(model, tokenizer, restrict_to_level=restrict_to_level)
+    decoder = scorer_for(model, tokenizer, restrict_to_level=config.restrict_to_level)
     with evaluating(model):
         if input_ids is None:
             if histories is None:

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from .card import model_card
     from .metrics_file import build_metrics
     from .remote import pull_artifact, push_artifact
+    from .serving import export_catalogue
 
 _EXPORTS = {
     "Artifact": ".artifact",
     "build_metrics": ".metrics_file",
+    "export_catalogue": ".serving",
     "load_artifact": ".artifact",
     "model_card": ".card",
     "pull_artifact": ".remote",
@@ -24,6 +26,7 @@ _EXPORTS = {
 __all__ = [
     "Artifact",
     "build_metrics",
+    "export_catalogue",
     "load_artifact",
     "model_card",
     "pull_artifact",

@@ -19,7 +19,7 @@ from transformers import BatchEncoding
 
 from ..errors import ArtifactError, IncompatibleComponentsError, UnknownItemError
 from .catalogue_file import FILE_NAME, Catalogue
-from .histories import newest_items, padded_tokens
+from .histories import newest_items, newest_tokens, padded_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class CatalogueMixin:
     num_user_tokens: int
     history_eos: bool
     max_history: int | None
+    # most tokens of an encoded history with all that stands around it; only `ItemTextTokenizer` sets it
+    max_history_tokens: int | None = None
     # what the tokenizer class beside the mixin gives
     init_kwargs: dict
     pad_token_id: int
@@ -346,6 +348,8 @@ class CatalogueMixin:
             if limit < 0:
                 raise IncompatibleComponentsError(f"max_items is {limit}: give 0 or more, or None for all items")
             lengths_B, index_n = newest_items(lengths_B, index_n, limit)
+        if self.max_history_tokens is not None:
+            lengths_B, index_n = self._within_tokens(lengths_B, index_n, user_ids)
         if padding not in (True, False, "longest", "do_not_pad"):
             raise IncompatibleComponentsError(f"padding is {padding!r}: choose True (longest row) or False")
         if return_tensors not in (None, "np", "pt"):
@@ -356,10 +360,25 @@ class CatalogueMixin:
 
         return self._packed(lengths_B, self.item_token_table[index_n], user_ids, ragged, return_tensors, skipped)
 
+    def _history_template(self) -> tuple[list[int], list[int]]:
+        """Token ids put before and after every history; `ItemTextTokenizer` has some."""
+        return [], []
+
+    def _within_tokens(self, lengths_B, index_n, user_ids) -> tuple[np.ndarray, np.ndarray]:
+        """Histories cut from the oldest item to `max_history_tokens`, template and end token counted."""
+        before, after = self._history_template()
+        around_B = np.full(len(lengths_B), len(before) + len(after) + int(self.history_eos))
+        users_B = self._user_token_ids(user_ids, len(lengths_B))
+        if users_B is not None:
+            around_B += users_B >= 0
+        sizes_n = (self.item_token_table[index_n] >= 0).sum(axis=1)
+        return newest_tokens(lengths_B, index_n, sizes_n, around_B, int(self.max_history_tokens or 0))
+
     def _packed(
         self, lengths_B: np.ndarray, tokens_nL: np.ndarray, user_ids, ragged: bool, return_tensors, skipped: int
     ) -> BatchEncoding:
         """Rows of `lengths_B` entries of `tokens_nL` as the encoding that was asked for, user and end tokens put on."""
+        before, after = self._history_template()
         input_ids_BW, attention_BW = padded_tokens(
             lengths_B,
             tokens_nL,
@@ -367,6 +386,8 @@ class CatalogueMixin:
             head_B=self._user_token_ids(user_ids, len(lengths_B)),
             eos_id=self.eos_token_id if self.history_eos else None,
             left=self.padding_side == "left",
+            before=before,
+            after=after,
         )
         data: dict[str, Any] = {"input_ids": input_ids_BW, "attention_mask": attention_BW}
         if ragged:

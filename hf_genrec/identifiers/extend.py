@@ -37,23 +37,32 @@ def extend_tokenizer(
     item_tokenizer: CatalogueMixin,
     *,
     pad_token: str | None = None,
+    history_before: str = "",
+    history_after: str = "",
+    max_history_tokens: int | None = None,
 ) -> ItemTextTokenizer:
     """A text tokenizer that also carries the catalogue of `item_tokenizer`.
 
     Text is encoded as by `base_tokenizer` (same backend, same ids); user and item tokens follow behind its vocabulary
     as added tokens with `special=True, normalized=False`. The options of `item_tokenizer` (unknown items, user tokens,
-    history end, history length) go along. Neither argument is changed. Resize the model afterwards:
-    `model.resize_token_embeddings(len(tokenizer))`.
+    history end, history length) go along. Neither argument is changed. Bring the tokens into the model afterwards:
+    `alignment.item_embeddings.add_item_tokens(model, tokenizer)`.
 
     Args:
         base_tokenizer: any tokenizer with a Rust backend.
         item_tokenizer: an `ItemTokenizer`; not one whose levels share their tokens (`ActionPieceTokenizer`, item texts).
         pad_token: the padding token of a base tokenizer that has none (GPT-2, Llama). Default `<pad>`, which becomes
             one more special token; the end token is not reused for it, because padding is masked out of the loss.
+        history_before, history_after: template texts around every encoded history (an instruction, chat markers). They
+            are yours, so control tokens in them count; write a start token there if the model expects one. Both empty:
+            a history is its item tokens and nothing else.
+        max_history_tokens: most tokens of an encoded history with its template; older items are left out, whole.
 
     Raises:
         IncompatibleComponentsError: no Rust backend, item tokens already in the vocabulary, levels that share their
             tokens, or a base class whose Python code changes texts in a way that the backend alone does not repeat.
+
+    Example: `extend_tokenizer(base, items, history_before="Bought: ", history_after="\\nNext: ")`
     """
     if not isinstance(base_tokenizer, TokenizersBackend):
         raise IncompatibleComponentsError(
@@ -101,6 +110,9 @@ def extend_tokenizer(
         num_user_tokens=item_tokenizer.num_user_tokens,
         history_eos=item_tokenizer.history_eos,
         max_history=item_tokenizer.max_history,
+        history_before=history_before,
+        history_after=history_after,
+        max_history_tokens=max_history_tokens,
     )
     for text in _PROBES:
         ours, theirs = tokenizer(text), base_tokenizer(text)

@@ -12,7 +12,7 @@ import os
 
 from transformers import TokenizersBackend
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, IncompatibleComponentsError
 from .catalogue import CatalogueMixin, item_tokens, user_tokens
 from .catalogue_file import FILE_NAME
 
@@ -27,9 +27,14 @@ class ItemTextTokenizer(CatalogueMixin, TokenizersBackend):
     Args:
         item_codes_file: the catalogue file (`from_pretrained` gives it).
         unknown_items, num_user_tokens, history_eos, max_history: as in `ItemTokenizer`.
+        history_before, history_after: template texts around every history that `encode_histories` and
+            `encode_item_indices` write (user and end token stand inside). Control and item tokens in them count, so they
+            must be yours, never an item's. A shorter history never cuts them.
+        max_history_tokens: most tokens of an encoded history, template included; the oldest items go first, whole.
 
     Raises:
         ArtifactError: no catalogue file, or a vocabulary that does not hold the catalogue's tokens.
+        IncompatibleComponentsError: a template that is no string, a bound below 1 or too small for the template.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "item_codes_file": FILE_NAME}
@@ -42,16 +47,23 @@ class ItemTextTokenizer(CatalogueMixin, TokenizersBackend):
         num_user_tokens: int = 0,
         history_eos: bool = False,
         max_history: int | None = None,
+        history_before: str = "",
+        history_after: str = "",
+        max_history_tokens: int | None = None,
         **kwargs,
     ):
         self._set_catalogue(item_codes_file, kwargs)
         self._set_catalogue_options(unknown_items, num_user_tokens, history_eos, max_history)
+        self._set_template_options(history_before, history_after, max_history_tokens)
         super().__init__(
             item_codes_file=item_codes_file,
             unknown_items=unknown_items,
             num_user_tokens=num_user_tokens,
             history_eos=history_eos,
             max_history=max_history,
+            history_before=history_before,
+            history_after=history_after,
+            max_history_tokens=max_history_tokens,
             **kwargs,
         )
         self._forget_load_arguments()
@@ -60,6 +72,29 @@ class ItemTextTokenizer(CatalogueMixin, TokenizersBackend):
         around = self.backend_tokenizer.encode("", add_special_tokens=True).ids
         self.__dict__["_add_bos_token"] = self.bos_token_id is not None and around[:1] == [self.bos_token_id]
         self.__dict__["_add_eos_token"] = self.eos_token_id is not None and around[-1:] == [self.eos_token_id]
+
+    def _set_template_options(self, history_before, history_after, max_history_tokens) -> None:
+        for name, text in (("history_before", history_before), ("history_after", history_after)):
+            if not isinstance(text, str):
+                raise IncompatibleComponentsError(f"{name} is {text!r}: give a template text, or '' for none")
+        if max_history_tokens is not None and (type(max_history_tokens) is not int or max_history_tokens < 1):
+            raise IncompatibleComponentsError(
+                f"max_history_tokens is {max_history_tokens!r}: give a positive integer or None"
+            )
+        self.history_before = history_before
+        self.history_after = history_after
+        self.max_history_tokens = max_history_tokens
+
+    def _history_template(self) -> tuple[list[int], list[int]]:
+        texts = (self.history_before, self.history_after)
+        if texts == ("", ""):
+            return [], []
+        state = (*texts, len(self))
+        known = self.__dict__.get("_template_ids")
+        if known is None or known[0] != state:  # the texts may be set anew, and tokens may be added
+            ids = [self.encode(text, add_special_tokens=False, split_special_tokens=False) for text in texts]
+            known = self.__dict__["_template_ids"] = (state, ids)
+        return known[1][0], known[1][1]
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict:

@@ -40,12 +40,18 @@ def register_auto_classes() -> None:
     """
     from .action_piece.configuration_action_piece import ActionPieceConfig
     from .action_piece.modeling_action_piece import ActionPieceForConditionalGeneration, ActionPieceModel
+    from .candidate_ranker.configuration_candidate_ranker import CandidateRankerConfig
+    from .candidate_ranker.modeling_candidate_ranker import CandidateRankerForCausalLM
     from .colarec.configuration_colarec import ColaRecConfig
     from .colarec.modeling_colarec import ColaRecForConditionalGeneration, ColaRecModel
+    from .e4srec.configuration_e4srec import E4SRecConfig
+    from .e4srec.modeling_e4srec import E4SRecForRecommendation
     from .eager.configuration_eager import EagerConfig
     from .eager.modeling_eager import EagerForCausalLM, EagerModel
     from .etegrec.configuration_etegrec import EtegrecConfig
     from .etegrec.modeling_etegrec import EtegrecForConditionalGeneration, EtegrecModel
+    from .grounded.configuration_grounded import GroundedLanguageConfig
+    from .grounded.modeling_grounded import GroundedLanguageRecommender
     from .idgenrec.configuration_idgenrec import IDGenRecConfig
     from .idgenrec.modeling_idgenrec import IDGenRecForConditionalGeneration
     from .language.configuration_language import LanguageRecommenderConfig
@@ -92,6 +98,9 @@ def register_auto_classes() -> None:
         (SETRecConfig, SETRecModel, SETRecForCausalLM, causal),
         (VQRecConfig, VQRecModel, VQRecForRecommendation, items),
         (PSRQConfig, PSRQForRecommendation, PSRQForRecommendation, items),
+        (E4SRecConfig, E4SRecForRecommendation, E4SRecForRecommendation, items),
+        (GroundedLanguageConfig, GroundedLanguageRecommender, GroundedLanguageRecommender, items),
+        (CandidateRankerConfig, CandidateRankerForCausalLM, CandidateRankerForCausalLM, items),
         (EagerConfig, EagerModel, EagerForCausalLM, causal),
         (LanguageRecommenderConfig, LanguageRecommenderForCausalLM, LanguageRecommenderForCausalLM, causal),
         (LLaDARecConfig, LLaDARecModel, LLaDARecForMaskedLM, masked),

@@ -130,8 +130,16 @@ def _tokens_record(tokenizer: Any, data: RecommendationData, progress: bool) -> 
 
 def build_model(recipe: Recipe, identifiers: Identifiers, *, seed: int) -> Any:
     """A freshly initialised model of the recipe's type and sizes, its catalogue set."""
-    tokenizer, context = identifiers.tokenizer, identifiers.context
     component = MODELS[recipe.model["type"]]
+    if "ranks_candidates" in component.gives:
+        from hf_genrec.recipes.stages.candidate_ranker import build_candidate_ranker
+
+        return build_candidate_ranker(recipe, identifiers, seed=seed)
+    if "language_model" in component.gives:  # its tokenizer is the text tokenizer with the catalogue
+        from hf_genrec.recipes.stages.causal_lm import build_causal_lm
+
+        return build_causal_lm(recipe, identifiers, seed=seed)
+    tokenizer, context = identifiers.tokenizer, identifiers.context
     model_class = component.load()
     config_class = model_class.config_class
     options = {key: value for key, value in recipe.model.items() if key not in ("type", "features")}
@@ -151,6 +159,11 @@ def build_model(recipe: Recipe, identifiers: Identifiers, *, seed: int) -> Any:
         facets = facet_tables(context.data, tokenizer, options["facets"])
         options |= {"facet_levels": facets[0].shape[2], "marker_levels": facets[1].shape[1]}
     torch.manual_seed(seed)
+    if options.get("base") and "language_base" in component.gives:
+        from hf_genrec.recipes.stages.language_parts import build_around_base
+
+        return build_around_base(model_class, tokenizer, features_NF, options)
+    options = {key: value for key, value in options.items() if key not in ("base", "instruction", "response")}
     model = model_class(config_class.from_tokenizer(tokenizer, **options))
     if takes_features:
         model.set_catalogue(tokenizer.codes, features_NF)

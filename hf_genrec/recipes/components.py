@@ -147,7 +147,14 @@ QUANTIZERS: dict[str, Component] = {
         "hf_genrec.recipes.stages.words:item_words_tokenizer",
         frozenset({"text_identifiers", "tokenizer"}),
         frozenset({"item_text"}),
-        {"fields": list, "vocab_size": int, "text_tokenizer": str, "max_tokens": int, "unique": bool},
+        {
+            "fields": list,
+            "vocab_size": int,
+            "text_tokenizer": str,
+            "max_tokens": int,
+            "unique": bool,
+            "item_end_token": str,
+        },
     ),
     "item_numbers": Component(
         "hf_genrec.recipes.stages.item_names:item_numbers_tokenizer",
@@ -222,10 +229,30 @@ MODELS: dict[str, Component] = {
         frozenset({"autoregressive", "prefix_training", "trainable_names"}),
         frozenset({"text_identifiers"}),
     ),
+    "candidate_ranker": Component(
+        "hf_genrec.recipes.stages.candidate_ranker:CandidateRanker",
+        frozenset({"dense", "ranks_candidates"}),
+        frozenset({"single_code"}),
+    ),
+    "causal_lm": Component(
+        "hf_genrec.recipes.stages.causal_lm:CausalLM",
+        frozenset({"autoregressive", "language_model", "preferences"}),
+        frozenset({"ordered_codes"}),
+    ),
     "colarec": Component(
         "hf_genrec.models.colarec.modeling_colarec:ColaRecForConditionalGeneration",
         frozenset({"autoregressive", "prefix_training", "item_content"}),
         frozenset({"fixed_length", "ordered_codes"}),
+    ),
+    "e4srec": Component(
+        "hf_genrec.models.e4srec.modeling_e4srec:E4SRecForRecommendation",
+        frozenset({"dense", "sequence_training", "item_features", "language_base"}),
+        frozenset({"single_code"}),
+    ),
+    "grounded_language": Component(
+        "hf_genrec.models.grounded.modeling_grounded:GroundedLanguageRecommender",
+        frozenset({"autoregressive", "sequence_training", "language_base", "grounded"}),
+        frozenset({"text_identifiers"}),
     ),
     "eager": Component(
         "hf_genrec.models.eager.modeling_eager:EagerForCausalLM",
@@ -299,7 +326,7 @@ MODELS: dict[str, Component] = {
     ),
     "tiger": Component(
         "hf_genrec.models.tiger.modeling_tiger:TigerForConditionalGeneration",
-        frozenset({"autoregressive", "prefix_training"}),
+        frozenset({"autoregressive", "prefix_training", "preferences"}),
         frozenset({"ordered_codes"}),
     ),
 }
@@ -395,6 +422,62 @@ LOSSES: dict[str, Component] = {
 }
 
 METHODS: dict[str, Component] = {
+    "rank_candidates": Component(
+        "hf_genrec.recipes.stages.candidate_ranker:rank_candidates",
+        needs=frozenset({"ranks_candidates"}),
+        options={"samples": int, "stage_options": dict},
+    ),
+    "stages": Component("hf_genrec.recipes.stages.staged:stages", options={"stages": list}),
+    "softmax_dpo": Component(
+        "hf_genrec.recipes.stages.preference:softmax_dpo",
+        needs=frozenset({"preferences"}),
+        options={
+            "num_negatives": int,
+            "negatives": str,
+            "shared": list,
+            "beta": float,
+            "sft_weight": float,
+            "pairs": int,
+            "targets": str,
+            "batches_of_beams": int,
+        },
+    ),
+    "grpo": Component(
+        "hf_genrec.recipes.stages.preference:grpo",
+        needs=frozenset({"preferences"}),
+        options={
+            "reward": str,
+            "reward_features": str,
+            "num_generations": int,
+            "beta": float,
+            "rollouts": str,
+            "add_target": bool,
+            "logprobs": str,
+            "sft_weight": float,
+            "prompts": int,
+            "targets": str,
+        },
+    ),
+    "iterative_preference": Component(
+        "hf_genrec.recipes.stages.preference:iterative_preference",
+        needs=frozenset({"preferences"}),
+        options={
+            "iterations": int,
+            "share": float,
+            "num_candidates": int,
+            "beta": float,
+            "ntp_weight": float,
+            "dpo_weight": float,
+            "requests": int,
+            "max_drop": float,
+            "targets": str,
+        },
+    ),
+    "sft": Component(
+        "hf_genrec.recipes.stages.causal_lm:sft",
+        needs=frozenset({"language_model"}),
+        options={"families": dict, "item_head": str, "num_candidates": int},
+    ),
     "joint_names": Component(
         "hf_genrec.recipes.stages.joint:joint_names",
         needs=frozenset({"trainable_names"}),
@@ -436,6 +519,9 @@ METHODS: dict[str, Component] = {
         "hf_genrec.recipes.stages.tasks:tasks",
         needs=frozenset({"text_tasks"}),
         options={"families": dict, "group": int, "max_items": int},
+    ),
+    "grounded_next_item": Component(
+        "hf_genrec.recipes.stages.language_parts:grounded_next_item", needs=frozenset({"grounded"})
     ),
     "tuned_next_item": Component(
         "hf_genrec.recipes.stages.tuned:tuned_next_item", options={"field": str, "values": list}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hf_genrec.data.interactions import RecommendationData, load_data
 from hf_genrec.data.splits import Split, make_split
 from hf_genrec.errors import TrainingError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.recommend import recommend
 from hf_genrec.recipes.build import build_identifiers, build_model
 from hf_genrec.recipes.components import METHODS, QUANTIZERS
 from hf_genrec.recipes.resolver import Recipe, checked
@@ -30,9 +32,15 @@ _CAPS: dict[str, Any] = {
     "max_cluster": 16, "hidden_size": 16, "intermediate_size": 32, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2,
     "num_layers": 1, "num_decoder_layers": 1, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "num_user_tokens": 4,
-    "max_history": 6, "num_beams": 10, "epochs": 1, "num_buckets": 4, "num_epochs": 1, "rounds_of_training": 1,
+    "max_history": 6, "num_generations": 4, "num_candidates": 4, "prompts": 16, "pairs": 16, "requests": 16,
+    "text_vocab_size": 400, "num_beams": 10, "epochs": 1, "num_buckets": 4, "num_epochs": 1, "rounds_of_training": 1,
     "per_device_train_batch_size": 8, "num_negatives": 8, "generator_steps": 3, "cycles": 1, "warm_epochs": 1,
     "tokenizer_epochs": 1, "recommender_epochs": 1, "final_epochs": 1,
+}  # fmt: skip
+
+_LANGUAGE_MODEL = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
 
 
@@ -62,6 +70,10 @@ def shrunk(recipe: Recipe) -> Recipe:
     content = recipe.to_dict()
     for section in ("features", "identifiers", "model", "training", "generation"):
         content[section] = _capped(content[section])
+    if content["model"].get("base"):  # no pretrained model is loaded: a tiny one of another kind stands for it
+        content["model"] |= {"base": None, "language_model": dict(_LANGUAGE_MODEL)}
+        for part, name in (("identifiers", "text_tokenizer"), ("identifiers", "item_end_token"), ("model", "dtype")):
+            content[part].pop(name, None)
     text = content["features"].get("text")
     if text is not None:
         text.pop("encoder", None)
@@ -118,7 +130,9 @@ def dry_run(recipe: Recipe, data: RecommendationData | None = None, split: Split
         job = TrainingJob(small, identifiers.context, model, identifiers.tokenizer, args, identifiers.quantized)
         result = method(job, **options)
     model, tokenizer = result.model.eval(), result.tokenizer
-    found = model.recommend([data.item_ids[:3], []], tokenizer=tokenizer, k=5)
+    histories = [data.item_ids[:3], []]
+    own = hasattr(model, "recommend_indices")
+    found = (model.recommend if own else partial(recommend, model))(histories, tokenizer=tokenizer, k=5)
     for row in found:
         ids = [one.item_id for one in row]
         if len(ids) > 5 or len(set(ids)) < len(ids) or not set(ids) <= set(data.item_ids):

@@ -33,6 +33,7 @@ from hf_genrec.evaluation.recommenders import ModelRecommender, encode_batch
 from hf_genrec.evaluation.report import plot_results
 from hf_genrec.evaluation.ties import tie_report
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.hub import save_artifact
 from hf_genrec.hub.identifier_plots import identifier_pictures
@@ -186,8 +187,8 @@ def train_recipe(
     try:
         with stages("identifiers"):
             identifiers = build_identifiers(recipe, data, split, seed=seed, progress=progress)
-        tokenizer = identifiers.tokenizer
         model = build_model(recipe, identifiers, seed=seed)
+        tokenizer = identifiers.tokenizer  # a language model's own holds the catalogue beside its text
         generation = dict(recipe.generation)
         dense_weight = generation.pop("dense_weight", 0.0)
         at_validation = dense_weight == "validation"
@@ -283,7 +284,7 @@ def evaluate_model(
             progress=progress,
         )
 
-    config = model.recommendation_config
+    config = recommendation_config_of(model)
     report = measure(config, name)
     variants = {}
     if config.dense_weight:

@@ -183,7 +183,9 @@ def model_options(model_type: str) -> dict[str, Any]:
         "content_vocab_size",
         "catalogue_fingerprint",
     }
-    features = {"features": list} if "item_features" in MODELS[model_type].gives else {}
+    gives = MODELS[model_type].gives
+    features: dict[str, Any] = {"features": list} if "item_features" in gives else {}
+    features |= {"base": str, "instruction": str, "response": str} if "language_base" in gives else {}
     return dict.fromkeys(own - derived, kinds) | {"type": str} | features
 
 
@@ -315,19 +317,12 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
         _choice("model.features", name, content.get("features") or {})
     training = content.get("training") or {}
     _check("training", training, training_options())
-    method = _component("training.method", training.get("method", "next_item"), METHODS)
-    _check("training.method_options", training.get("method_options") or {}, method.options)
+    _check_method(where, content["model"]["type"], model, training)
     _check_losses(where, identifiers, quantizer, content.get("features") or {})
     _check_generation(where, content.get("generation") or {}, model)
     if "item_vectors" in quantizer.needs and not identifiers.get("features"):
         raise IncompatibleComponentsError(
             f"{where}: quantizer {identifiers['quantizer']!r} needs item vectors; name blocks in identifiers.features."
-        )
-    if not method.needs <= model.gives:
-        wanted = ", ".join(sorted(method.needs - model.gives))
-        raise IncompatibleComponentsError(
-            f"{where}: training.method {training['method']!r} needs a model that gives {wanted}, and "
-            f"{content['model']['type']!r} does not."
         )
     lacking = model.needs - _given(identifiers)
     if lacking:
@@ -338,6 +333,26 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
             f"{where}: model {content['model']['type']!r} needs {', '.join(sorted(lacking))}, which quantizer "
             f"{identifiers['quantizer']!r} does not give; quantizers that fit: {', '.join(fitting)}."
         )
+
+
+def _check_method(where: str, model_type: str, model: Component, training: dict[str, Any]) -> None:
+    """The training method exists, takes these options, and the model gives what it needs; so do all methods of stages."""
+
+    def check(place: str, name: str, options: dict[str, Any], more: dict[str, Any]) -> None:
+        method = _component(f"{place}.method" if place != "training" else "training.method", name, METHODS)
+        _check(f"{place}.{'method_options' if place == 'training' else 'options'}", options, method.options)
+        _check(f"{place}.training" if place != "training" else place, more, training_options())
+        if not method.needs <= model.gives:
+            wanted = ", ".join(sorted(method.needs - model.gives))
+            raise IncompatibleComponentsError(
+                f"{where}: {place}.method {name!r} needs a model that gives {wanted}, and {model_type!r} does not."
+            )
+
+    check("training", training.get("method", "next_item"), training.get("method_options") or {}, {})
+    if training.get("method") == "stages":
+        from hf_genrec.recipes.stages.staged import check_stages
+
+        check_stages((training.get("method_options") or {}).get("stages"), check)
 
 
 def _given(identifiers: dict[str, Any]) -> frozenset[str]:
@@ -376,6 +391,7 @@ def _check_generation(where: str, generation: dict[str, Any], model: Component) 
         if option not in strategy.options:
             raise RecipeError(f"unknown key generation.decoding_options.{option}: {nearest(option, strategy.options)}")
     model_class = model.load()
+    model_class = getattr(model_class, "decoder_class", model_class)  # a stock model is searched through an adapter
     for methods in strategy.needs:
         if not any(hasattr(model_class, method) for method in methods.split("|")):
             raise IncompatibleComponentsError(

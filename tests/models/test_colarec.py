@@ -115,6 +115,13 @@ def test_search_equals_brute_force_and_generate() -> None:
     assert (out[:, 1] - model.config.level_offsets[0]).tolist() == first.tolist()
 
 
+def test_item_vectors_start_at_their_own_size() -> None:
+    sizes = {"codebook_sizes": [2000], "num_items": 2000, "content_vocab_size": 2000, "d_model": 64}
+    model = ColaRecForConditionalGeneration(ColaRecConfig(**sizes, item_embedding_std=0.05))
+    stds = [float(table.weight.std()) for table in (model.item_embedding, model.content_embedding, model.shared)]
+    assert stds == pytest.approx([0.05, 0.05, 1.0], rel=0.05)
+
+
 def test_sampled_items() -> None:
     tokenizer = _tokenizer()
     model = _model(tokenizer)

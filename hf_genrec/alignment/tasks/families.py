@@ -30,6 +30,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "headline": ("headline", "summary"),
     "explanation": ("explanation",),
     "feature": ("feature",),
+    "intention": ("query", "intention"),
+    "preference": ("preference", "user_preference"),
+}
+# the same of an item table, for language models (language_families.py)
+ITEM_COLUMNS: dict[str, tuple[str, ...]] = {
+    "description": ("description", "plot", "overview", "abstract", "summary"),
+    "genres": ("genres", "genre", "categories", "category", "tags"),
+    "intention": ("query", "intention"),
 }
 _NEEDS = {"stars_yes_no": {"rating"}, "like": {"rating"}}  # fields a kind needs beyond those its wording shows
 NUM_CANDIDATES = 10  # our choice; the paper ranks among 100
@@ -44,12 +52,14 @@ class TaskData:
         item_ids: N ids.
         titles: N titles ("" = none), or None.
         columns: field -> n values aligned to `train.items`: float64 (NaN = none) or text ("" = none).
+        item_texts: field -> N texts ("" = none) of the item table: description, genres (", " between them), intention.
     """
 
     train: Sequences
     item_ids: Sequence[str]
     titles: Sequence[str] | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    item_texts: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def from_split(cls, data: Any, split: Any) -> TaskData:
@@ -62,7 +72,7 @@ class TaskData:
             if found is not None:
                 columns[name] = data.extra[found][positions]
         titles = None if data.items is None else data.items.titles()
-        return cls(split.train, data.item_ids, titles, columns)
+        return cls(split.train, data.item_ids, titles, columns, item_texts(data.items))
 
     def fields(self) -> set[str]:
         """Fields of wordings that this data can fill."""
@@ -78,6 +88,31 @@ class TaskData:
             return np.ones(len(self.train.items), bool)
         values = self.columns[name]
         return ~np.isnan(values) if values.dtype.kind == "f" else values != ""
+
+
+def item_texts(items: Any) -> dict[str, Sequence[str]]:
+    """Texts that an item table (or None) has beside the titles, by field.
+
+    Groups of an item are brought to one form, ", " between them: lists and texts with "|" or commas are cut there; texts of
+    several words without any (MovieLens: "Action Comedy") are cut at blanks where the same words come back in different
+    rows, so that there are fewer words than texts.
+    """
+    texts: dict[str, Sequence[str]] = {}
+    for name, known in ITEM_COLUMNS.items():
+        found = None if items is None else next((column for column in known if column in items.columns), None)
+        if found is None:
+            continue
+        values = items.texts([found])
+        if name == "genres":
+            values = ["" if value == "(no genres listed)" else value for value in values]  # MovieLens' way to say none
+            parted = [[part.strip() for part in value.replace("|", ",").split(",")] for value in values]
+            words = {word for value in values for word in value.split()}
+            if all(len(parts) == 1 for parts in parted) and len(words) < len(set(values)):
+                parted = [value.split() for value in values]
+            values = [", ".join(part for part in parts if part) for parts in parted]
+        if any(values):
+            texts[name] = values
+    return texts
 
 
 def usable(family: str, data: TaskData, *, held_out: bool = False) -> list[Template]:

@@ -5,7 +5,7 @@ Legend: M evaluation rows, B batch, T items in a history, L levels (codes per it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,31 +76,77 @@ class RankingCollator:
         targets_B = np.array([sample["target"] for sample in samples])
         users = None if self.user_ids is None else [self.user_ids[sample["user"]] for sample in samples]
         inputs = self._encode(histories, users, self.max_history)
-        if self.sequence_model:
-            # as long as the longest training window: what the model reads, then the target
-            rows = [np.append(row, target) for row, target in zip(histories, targets_B)]
-            loss_inputs = self._encode(rows, users, self.max_history and self.max_history + 1)
-            loss_inputs["labels"] = last_tokens(
-                loss_inputs["input_ids"],
-                loss_inputs["attention_mask"],
-                (self.tokenizer.item_token_table[targets_B] >= 0).sum(axis=1),
-                skip=int(self.tokenizer.history_eos),
-            )
-        else:
-            table_BL = self.tokenizer.item_token_table[targets_B]
-            loss_inputs = {**inputs, "labels": torch.as_tensor(np.where(table_BL < 0, IGNORED, table_BL))}
         return {
             **inputs,
-            "loss_inputs": loss_inputs,
+            "loss_inputs": self._loss_inputs(inputs, histories, targets_B, users),
             "targets": torch.as_tensor(targets_B),
             "seen": [np.unique(row) for row in histories] if self.exclude_seen else None,
         }
+
+    def _loss_inputs(
+        self,
+        inputs: dict[str, torch.Tensor],
+        histories: list[np.ndarray],
+        targets_B: np.ndarray,
+        users: list[str] | None,
+    ) -> dict[str, torch.Tensor]:
+        if not self.sequence_model:
+            table_BL = self.tokenizer.item_token_table[targets_B]
+            return {**inputs, "labels": torch.as_tensor(np.where(table_BL < 0, IGNORED, table_BL))}
+        # as long as the longest training window: what the model reads, then the target
+        rows = [np.append(row, target) for row, target in zip(histories, targets_B)]
+        loss_inputs = self._encode(rows, users, self.max_history and self.max_history + 1)
+        loss_inputs["labels"] = last_tokens(
+            loss_inputs["input_ids"],
+            loss_inputs["attention_mask"],
+            (self.tokenizer.item_token_table[targets_B] >= 0).sum(axis=1),
+            skip=int(self.tokenizer.history_eos),
+        )
+        return loss_inputs
 
     def _encode(
         self, rows: list[np.ndarray], users: list[str] | None, max_items: int | None
     ) -> dict[str, torch.Tensor]:
         encoded = self.tokenizer.encode_item_indices(rows, user_ids=users, max_items=max_items, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+class PromptRankingCollator(RankingCollator):
+    """For language models: the loss reads the prompt as the search does (templates included), then the target's tokens.
+
+    Args:
+        tokenizer: extended tokenizer (or ItemTokenizer) of the catalogue.
+        rows: collator of the loss rows, `ItemRowCollator`.
+        max_history, user_ids, exclude_seen: as in RankingCollator.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rows: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        *,
+        max_history: int | None = None,
+        user_ids: Sequence[str] | None = None,
+        exclude_seen: bool = True,
+    ) -> None:
+        super().__init__(
+            tokenizer, sequence_model=False, max_history=max_history, user_ids=user_ids, exclude_seen=exclude_seen
+        )
+        self.rows = rows
+
+    def _loss_inputs(
+        self,
+        inputs: dict[str, torch.Tensor],
+        histories: list[np.ndarray],
+        targets_B: np.ndarray,
+        users: list[str] | None,
+    ) -> dict[str, torch.Tensor]:
+        examples = []
+        for ids, mask, target in zip(inputs["input_ids"], inputs["attention_mask"], targets_B):
+            prompt, tokens = ids[mask == 1].tolist(), self.tokenizer.item_token_table[target]
+            answer = tokens[tokens >= 0].tolist()
+            examples.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
+        return self.rows(examples)
 
 
 def ranks_from_items(items_BK: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:

@@ -282,7 +282,7 @@ class Seq2SeqPreferenceTrainer(RecommenderTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts_B, mode = inputs["rejected_counts"], "train" if model.training else "eval"
         prompts = len(counts_B)
-        with _without_dropout(model) if self.args.disable_dropout else nullcontext():
+        with without_dropout(model) if self.args.disable_dropout else nullcontext():
             logps_A = answer_logps(model, self.accelerator.unwrap_model(model), inputs)
         logps_B, logps_R = logps_A[:prompts], logps_A[prompts:]
         ref_B, ref_R = self._reference_logps(inputs)
@@ -331,9 +331,26 @@ def answer_logps(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> torch.Te
     Raises:
         IncompatibleComponentsError: an answer token that the model never gives at its place (checked on CPU).
     """
-    counts_B, answers_AQ = inputs["rejected_counts"], inputs["answers"]
+    counts_B = inputs["rejected_counts"]
     rows_B = torch.arange(len(counts_B), device=counts_B.device)
     rows_A = torch.cat([rows_B, rows_B.repeat_interleave(counts_B)])
+    return answer_token_logps(model, unwrapped, inputs, inputs["answers"], rows_A).sum(dim=1)
+
+
+def answer_token_logps(
+    model: Any, unwrapped: Any, inputs: dict[str, Any], answers_AQ: torch.Tensor, rows_A: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of every token of A answers, each prompt encoded once: (A, Q) float32, 0 where nothing stands.
+
+    Args:
+        model, unwrapped: as for `answer_logps`.
+        inputs: `input_ids`, `attention_mask` (B, T) of the prompts.
+        answers_AQ: token ids, -100 behind the end.
+        rows_A: prompt of each answer.
+
+    Raises:
+        IncompatibleComponentsError: an answer token that the model never gives at its place (checked on CPU).
+    """
     mask_BT = inputs["attention_mask"]
     states_BTD = unwrapped.get_encoder()(input_ids=inputs["input_ids"], attention_mask=mask_BT, return_dict=True)[0]
     logits_AQV = model(
@@ -351,11 +368,11 @@ def answer_logps(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> torch.Te
             f"token {int(answers_AQ[row, place])} at position {place} of an answer is no code of that level: build the "
             "pairs with the tokenizer the model was configured from, answers without an end token."
         )
-    return logps_AQ.sum(dim=1)
+    return logps_AQ
 
 
 @contextmanager
-def _without_dropout(model: Any) -> Iterator[None]:
+def without_dropout(model: Any) -> Iterator[None]:
     """Evaluation mode, with gradients; afterwards every submodule is back in the mode it had."""
     training = [module for module in model.modules() if module.training]
     for module in training:

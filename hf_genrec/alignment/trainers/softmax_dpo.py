@@ -10,6 +10,7 @@ PEFT, precomputed references, checkpoints, cards and launching are TRL's.
 * **Steps are exact.** Losses are summed and divided by the prompts of the whole step, so gradient accumulation, batch
   size and number of processes leave the trajectory as it is, also when micro-batches differ in size (DPOTrainer averages
   averages).
+* **Guards**: checkpoints whole or absent, a stop at a loss that is not finite, a time budget (`guarded.py`).
 * **No cut answers.** A row longer than `max_length` is an error that names the row, where DPOTrainer drops or cuts it.
 
 *Relations*: K = 1 is DPOTrainer with `loss_type="sigmoid"`. `loss_type=["sigmoid", "sft"]` adds the next-token loss of
@@ -39,6 +40,8 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from hf_genrec.alignment.preference_rows import ID_COLUMNS, as_answers, check_answers, check_length
 from hf_genrec.errors import TrainingError
 
+from .adapter_reference import whole_reference_adapter
+from .guarded import GuardedTrainer, check_guard_options, guard_callbacks
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -64,9 +67,26 @@ class SoftmaxDPOConfig(DPOConfig):
 
     beta: float = field(default=1.0, metadata={"help": "Pull towards the reference; the paper's script uses 1."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Early stopping and time budget go on where they were."}
+    )
+    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    max_train_seconds: float | None = field(
+        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
+    )
+    train_clock: str = field(
+        default="wall", metadata={"help": "What max_train_seconds counts.", "choices": ["wall", "cpu"]}
+    )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:  # TRL would turn it on everywhere, where a CPU only loses digits
+            cuda = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        check_guard_options(self)
         check_beta(self.beta)
         if "sigmoid" not in self.loss_type or not set(self.loss_type) <= set(_LOSSES):
             raise TrainingError(
@@ -136,7 +156,7 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
         return batch
 
 
-class SoftmaxDPOTrainer(DPOTrainer):
+class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
     """DPOTrainer for rows whose `rejected` is a list of answers.
 
     Datasets have the columns `prompt`, `chosen`, `rejected` (text or messages; `rejected` one answer or a list), or
@@ -169,6 +189,8 @@ class SoftmaxDPOTrainer(DPOTrainer):
         args: SoftmaxDPOConfig | None = None,
         data_collator: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        callbacks: list | None = None,
         **kwargs: Any,
     ) -> None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -192,14 +214,17 @@ class SoftmaxDPOTrainer(DPOTrainer):
             )
         self._most_rejected = 1
         self._rewards = RewardMeter()
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with whole_reference_adapter(model):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                processing_class=processing_class,
+                callbacks=[*guard_callbacks(args), *(callbacks or [])],
+                **kwargs,
+            )
+        self._finish_guards()
 
     # ---------------------------------------------------------------------------------------------------------- data
 

@@ -17,6 +17,8 @@ class ColaRecConfig(T5LevelsConfig):
         num_items: size N of the catalogue.
         content_vocab_size: tokens of the text vocabulary that item contents are written in.
         content_length: most content tokens C of an item.
+        item_embedding_std: of the vectors of items and content tokens at the start; 1.0 = as T5's tokens. An item is seen
+            far more rarely than a code, and hardly leaves a random place of that size.
         generation_weight: weight of the two generation tasks together: user to item code, item content to its own code.
         indexing: train the second of them (item content to its own code).
         ranking_weight: weight of the pairwise ranking (BPR) of encoder states.
@@ -37,6 +39,7 @@ class ColaRecConfig(T5LevelsConfig):
     num_items: int = 0
     content_vocab_size: int = 1
     content_length: int = 16
+    item_embedding_std: float | int = 1.0
     generation_weight: float | int = 0.08  # repository, Phone
     indexing: bool = True
     ranking_weight: float | int = 1.0

@@ -87,7 +87,7 @@ class ColaRecForConditionalGeneration(T5LevelsForConditionalGeneration):
         super()._init_weights(module)
         own = (getattr(self, name, None) for name in ("item_embedding", "content_embedding", "task_embedding"))
         if any(module is table for table in own):
-            init.normal_(module.weight, std=self.config.initializer_factor)
+            init.normal_(module.weight, std=self.config.initializer_factor * self.config.item_embedding_std)
         elif module is self and "content_tokens" in self._buffers:
             init.zeros_(self.item_codes)
             init.constant_(self.content_tokens, -1)

@@ -139,6 +139,15 @@ def sasrec_vectors(
     context: StageContext, *, epochs: float = 20, hidden_size: int = 64, max_history: int = 50
 ) -> np.ndarray:
     """The item table itself, float32 (N, hidden_size)."""
+    model, tokenizer = trained_sasrec(context, epochs=epochs, hidden_size=hidden_size, max_history=max_history)
+    first = int(tokenizer.level_offsets[0])
+    return model.get_input_embeddings().weight[first : first + context.num_items].detach().float().cpu().numpy().copy()
+
+
+def trained_sasrec(
+    context: StageContext, *, epochs: float = 20, hidden_size: int = 64, max_history: int = 50
+) -> tuple[Any, Any]:
+    """A SASRec of the training rows and its tokenizer (one code per item), trained once per run for equal options."""
     import torch
 
     from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
@@ -147,7 +156,7 @@ def sasrec_vectors(
     from hf_genrec.recipes.components import MODELS
     from hf_genrec.recipes.resolver import resolve_recipe
 
-    done: dict[Any, np.ndarray] = context.__dict__.setdefault("_sasrec_vectors", {})
+    done: dict[Any, tuple[Any, Any]] = context.__dict__.setdefault("_sasrec", {})
     key = (epochs, hidden_size, max_history)
     if key in done:
         return done[key]
@@ -169,9 +178,7 @@ def sasrec_vectors(
             **settings,
         )
         model = train_recommender(model_class(config), tokenizer, context.split, args).model
-    first = int(tokenizer.level_offsets[0])
-    table = model.get_input_embeddings().weight[first : first + context.num_items]
-    done[key] = table.detach().float().cpu().numpy().copy()
+    done[key] = (model.eval(), tokenizer)
     return done[key]
 
 

@@ -18,20 +18,19 @@ from hf_genrec.identifiers.item_names import tokenizer_from_names
 from hf_genrec.identifiers.number_identifiers import item_numbers, number_names
 from hf_genrec.identifiers.path_identifiers import atomic_tokens, column_paths, path_codes, path_tokens
 from hf_genrec.recipes.stages.context import StageContext
+from hf_genrec.recipes.stages.words import load_text_tokenizer
 
 PATHS = ("collaborative", "semantic", "none")
 
 
 def task_vocabulary(text_tokenizer: str | None, vocab_size: int, words: Sequence[str] = ()) -> Any:
     """A pretrained text tokenizer, or a small byte-level BPE of the task wordings, `words`, and numbers of two digits."""
-    from transformers import AutoTokenizer
-
     from hf_genrec.identifiers.text_vocabulary import train_text_tokenizer
 
     if text_tokenizer is not None:
-        return AutoTokenizer.from_pretrained(text_tokenizer)
-    numbers = [f"{number:02d}" for number in range(100)]  # longer numbers fall apart, as in T5's own vocabulary
-    return train_text_tokenizer(template_texts() + [*words] * 50 + numbers * 3, vocab_size)
+        return load_text_tokenizer(text_tokenizer)
+    numbers = [f"{number:02d}" for number in range(100)]  # longer numbers fall apart in pairs, as in P5's example
+    return train_text_tokenizer(template_texts() + [*words] * 50 + numbers * 3, vocab_size, digit_groups=2)
 
 
 def item_numbers_tokenizer(

@@ -7,8 +7,25 @@ from typing import Any
 import numpy as np
 
 from hf_genrec.data.interactions import RecommendationData
-from hf_genrec.errors import ItemTableError
+from hf_genrec.errors import IncompatibleComponentsError, ItemTableError
 from hf_genrec.recipes.stages.context import StageContext
+
+
+def load_text_tokenizer(name: str) -> Any:
+    """A pretrained text tokenizer.
+
+    Raises:
+        IncompatibleComponentsError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise IncompatibleComponentsError(
+            f"identifiers.text_tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder with "
+            "--text_tokenizer FOLDER, or null for a vocabulary learned from the texts."
+        ) from error
 
 
 def item_words_tokenizer(
@@ -20,6 +37,7 @@ def item_words_tokenizer(
     text_tokenizer: str | None = None,
     max_tokens: int = 24,
     unique: bool = False,
+    item_end_token: str | None = None,
 ) -> Any:
     """Items named by their texts: a tokenizer, not codes.
 
@@ -27,10 +45,9 @@ def item_words_tokenizer(
         fields: columns of the item table that make the name; default: the title.
         vocab_size: of the byte-level BPE learned from these texts, where no `text_tokenizer` is given.
         text_tokenizer: folder of a pretrained text tokenizer.
+        item_end_token: the token that closes a name, of a pretrained vocabulary; default: one of its own.
         unique: number the items of one text apart (CID's title indexing); False = they share their name.
     """
-    from transformers import AutoTokenizer
-
     from hf_genrec.identifiers.item_names import tokenizer_from_names
     from hf_genrec.identifiers.text_vocabulary import train_text_tokenizer
     from hf_genrec.identifiers.tokenization_item_words import ItemWordsTokenizer
@@ -44,10 +61,11 @@ def item_words_tokenizer(
     if text_tokenizer is None:
         base: Any = train_text_tokenizer(texts, vocab_size)
     else:
-        base = AutoTokenizer.from_pretrained(text_tokenizer)
+        base = load_text_tokenizer(text_tokenizer)
     if unique:
         return tokenizer_from_names(base, data.item_ids, texts, max_tokens=max_tokens)
-    return ItemWordsTokenizer.from_texts(base, data.item_ids, texts, max_tokens=max_tokens)
+    end: dict[str, Any] = {} if item_end_token is None else {"item_end_token": item_end_token}
+    return ItemWordsTokenizer.from_texts(base, data.item_ids, texts, max_tokens=max_tokens, **end)
 
 
 def facet_tables(data: RecommendationData, tokenizer: Any, names: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,156 @@
+"""GuardedTrainer: what every training run of ours has, as a base class for Trainer and for TRL's trainers alike.
+
+Checkpoints are whole or absent and half ones are skipped (`checkpoints.py`); a loss that is NaN or infinite stops the run
+before it reaches a checkpoint; a time budget moves the end of the schedule (`callbacks.py`); of equally good states the
+later one is the best. Put it before the trainer it guards: `class MyTrainer(GuardedTrainer, SFTTrainer)`.
+
+*Relations*: without a time budget, and as long as the loss is finite, the weights are those of the guarded trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SchedulerType
+
+from hf_genrec.errors import TrainingError
+
+from .callbacks import (
+    SCHEDULE_SHAPES,
+    EpochCallback,
+    MovingProgressCallback,
+    SparseEvaluationCallback,
+    TimeBudgetCallback,
+    movable_scheduler,
+)
+from .checkpoints import AtomicCheckpointTrainer
+
+_ACCELERATOR_CHECK_STEPS = 16
+
+
+def guard_callbacks(args: Any) -> list[TrainerCallback]:
+    """The callbacks of a guarded run: epochs told to the data, sparser evaluation, early stopping, time budget."""
+    callbacks: list[TrainerCallback] = [EpochCallback(), SparseEvaluationCallback(args.eval_epochs)]
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    if args.max_train_seconds is not None:
+        callbacks.append(TimeBudgetCallback(args.max_train_seconds, args.train_clock))
+    return callbacks
+
+
+def check_guard_options(args: Any) -> None:
+    """Options that a guarded run adds to its arguments.
+
+    Raises:
+        TrainingError: a value out of range, or options that contradict each other (fields named).
+    """
+    for name in ("eval_epochs", "early_stopping_patience"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise TrainingError(f"{name} is {getattr(args, name)}: it must be at least 1.")
+    if args.early_stopping_patience is not None and str(getattr(args.eval_strategy, "value", "")) == "no":
+        raise TrainingError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps.")
+    if args.train_clock not in ("wall", "cpu"):
+        raise TrainingError(f"train_clock is {args.train_clock!r}: choose wall or cpu.")
+    if args.max_train_seconds is not None:
+        if args.max_train_seconds <= 0:
+            raise TrainingError(f"max_train_seconds is {args.max_train_seconds}: it must be positive.")
+        shape = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        if shape not in SCHEDULE_SHAPES:
+            raise TrainingError(
+                f"lr_scheduler_type is {shape}: with max_train_seconds use one of {', '.join(SCHEDULE_SHAPES)}."
+            )
+
+
+class GuardedTrainer(AtomicCheckpointTrainer):
+    """See the module's text. `args` has the fields that `guard_callbacks` reads."""
+
+    args: Any
+    _first_bad_step: torch.Tensor | None = None
+
+    def _finish_guards(self) -> None:
+        """Call it at the end of `__init__`: a bar whose end may move."""
+        if self.args.max_train_seconds is not None and self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(MovingProgressCallback())
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As Trainer.train; `True` means the newest whole checkpoint, or a fresh start (and says so) without one.
+
+        Raises:
+            ArtifactError: the named checkpoint is missing or only half of one.
+            TrainingError: the loss is not finite.
+        """
+        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        self._first_bad_step = None
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._watch(loss)
+        return loss
+
+    def _watch(self, loss: torch.Tensor) -> None:
+        """Stop at a loss that is not finite: at once on CPU, within a few steps (but before any save) elsewhere."""
+        step = self.state.global_step + 1
+        if loss.device.type == "cpu":
+            if not math.isfinite(value := loss.item()):
+                self._raise_not_finite(step, value)
+            return
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
+        self._first_bad_step = torch.where(bad, step, self._first_bad_step)
+        if step % _ACCELERATOR_CHECK_STEPS == 0:
+            self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        if self._first_bad_step is not None and (step := int(self._first_bad_step.item())) >= 0:
+            self._raise_not_finite(step, math.nan)
+
+    def _raise_not_finite(self, step: int, value: float) -> None:
+        args = self.args
+        raise TrainingError(
+            f"the loss is {value} at step {step} (epoch {self.state.epoch or 0:.2f}), training stops. Checkpoints in "
+            f"{args.output_dir} are from before. Likely fixes: a lower learning_rate (now {args.learning_rate:g}), more "
+            f"warmup_steps (now {args.warmup_steps:g}), max_grad_norm 1.0 (now {args.max_grad_norm:g}), bf16 in place of "
+            "fp16."
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._stop_if_not_finite()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._stop_if_not_finite()
+        super()._save_checkpoint(model, trial)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Of equally good states the later one is the best: its learning rate is further down."""
+        before, best_step = self.state.best_metric, self.state.best_global_step
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if best_step is None or metrics.get(name) != before:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.args.max_train_seconds is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        shape = SchedulerType(self.args.lr_scheduler_type).value
+        target: Any = optimizer or self.optimizer
+        self.lr_scheduler = movable_scheduler(target, shape, warmup, num_training_steps)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: counting walks over all parameters at every step, a noticeable share of a small model's step."""
+        return 0

@@ -1,0 +1,1 @@
+"""Ranking a few candidates with a chat model that was never trained for it: prompts, answers, bootstrapping, clients."""

@@ -1,0 +1,1 @@
+"""BIGRec: a language model writes a title, its own embedding of it finds the item."""

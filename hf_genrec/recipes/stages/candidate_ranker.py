@@ -1,0 +1,146 @@
+"""Language models that rank a retriever's candidates in a recipe: model type "candidate_ranker", method "rank_candidates".
+
+The retriever is a SASRec trained on the same rows. `system` names the published ranker (TALLRec, CoLLM, LLaRA, A-LLMRec,
+LlamaRec) whose verbaliser, soft tokens and stages are taken, see `RANKER_METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from hf_genrec.alignment.tasks.families import TaskData
+from hf_genrec.alignment.trainers.candidate_stages import RANKER_METHODS
+from hf_genrec.errors import ItemTableError, RecipeError
+from hf_genrec.models.candidate_ranker.modeling_candidate_ranker import CandidateRankerForCausalLM
+from hf_genrec.recipes.stages.causal_lm import CausalLMOptions, language_model_and_tokenizer
+from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
+
+
+class CandidateRankerOptions:
+    """What a recipe says under `model` for type "candidate_ranker".
+
+    Args:
+        system: "tallrec", "collm", "llara", "a_llmrec" or "llamarec".
+        base, language_model, text_vocab_size, dtype: the language model, as for type "causal_lm".
+        num_candidates: m, the retriever's items that are ranked.
+        max_title_tokens: tokens of a title that are shown.
+        max_history: newest items in a prompt.
+        aligned_size: width of A-LLMRec's joint vectors.
+        lora: options that differ from the system's (r, alpha, dropout, target_modules).
+    """
+
+    system: str = "llamarec"
+    base: str | None = None
+    language_model: dict | None = None
+    text_vocab_size: int = 2000
+    dtype: str = "float32"
+    num_candidates: int | None = None
+    max_title_tokens: int = 16
+    max_history: int = 20
+    aligned_size: int = 128
+    lora: dict | None = None
+
+
+class CandidateRanker:
+    """What the table of models points to: where the recipe's options are, and which methods searches find."""
+
+    config_class = CandidateRankerOptions
+    decoder_class = CandidateRankerForCausalLM
+
+
+def _options(recipe: Any) -> CandidateRankerOptions:
+    options = CandidateRankerOptions()
+    for name, value in recipe.model.items():
+        if name != "type":
+            setattr(options, name, value)
+    if options.system not in RANKER_METHODS:
+        raise RecipeError(f"model.system: {options.system!r}: choose one of {', '.join(RANKER_METHODS)}.")
+    return options
+
+
+def build_candidate_ranker(recipe: Any, identifiers: Any, *, seed: int) -> CandidateRankerForCausalLM:
+    """A ranker around a language model and a SASRec, which is trained here.
+
+    Raises:
+        ItemTableError: no titles.
+        RecipeError, IncompatibleComponentsError: as `build_causal_lm`.
+    """
+    from hf_genrec.recipes.stages.features import trained_sasrec
+
+    options, context = _options(recipe), identifiers.context
+    if context.data.items is None:
+        raise ItemTableError(f"{context.data.name}: the model reads titles; give an item table with --items FILE.")
+    shared = CausalLMOptions()
+    for name in ("base", "language_model", "text_vocab_size", "dtype"):
+        setattr(shared, name, getattr(options, name))
+    model, text_tokenizer = language_model_and_tokenizer(context, shared, seed)
+    retriever, _ = trained_sasrec(context)
+    fields = dict(RANKER_METHODS[options.system].fields) | {"max_history": options.max_history}
+    if options.num_candidates is not None:
+        fields["num_candidates"] = options.num_candidates
+    if options.system == "collm":
+        fields["projector_size"] = 10 * int(retriever.config.hidden_size)
+    if options.system == "a_llmrec":  # its stage "alignment" makes the vectors
+        fields["item_vectors"] = np.zeros((context.num_items, options.aligned_size), np.float32)
+    titles = context.data.items.titles()
+    return CandidateRankerForCausalLM.from_language_model(
+        model,
+        text_tokenizer,
+        item_tokenizer=identifiers.tokenizer,
+        item_texts=[title.strip() or "unknown" for title in titles],
+        retriever=retriever,
+        max_title_tokens=options.max_title_tokens,
+        **fields,
+    )
+
+
+def rank_candidates(
+    job: TrainingJob, *, samples: int | None = None, stage_options: dict[str, Any] | None = None
+) -> MethodResult:
+    """Train a candidate ranker in the stages of its system.
+
+    Args:
+        samples: few-shot: train on so many rows, drawn once.
+        stage_options: stage name -> training arguments that differ in it.
+
+    Raises:
+        RecipeError: a stage that the system does not have.
+    """
+    from hf_genrec.alignment.trainers.candidate_training import train_candidate_ranker
+
+    options = _options(job.recipe)
+    method, given = RANKER_METHODS[options.system], stage_options or {}
+    names = [stage.name for stage in method.stages]
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise RecipeError(
+            f"training.method_options.stage_options: {options.system} has no stage {unknown[0]!r}; its stages are "
+            f"{', '.join(names)}."
+        )
+    # the recipe's own training values are for all stages, a system's learning rates for many more steps
+    own = {name: value for name, value in job.recipe.training.items() if name == "learning_rate"}
+    stages = [
+        dataclasses.replace(stage, options=dict(stage.options) | own | dict(given.get(stage.name) or {}))
+        for stage in method.stages
+    ]
+    lora = method.lora
+    if lora is not None and options.lora:
+        lora = dataclasses.replace(lora, **options.lora)
+    data = TaskData.from_split(job.context.data, job.context.split)
+    text = job.context.blocks.get("text") or next(iter(job.context.blocks.values()), None)
+    result = train_candidate_ranker(
+        job.model,
+        job.tokenizer,
+        job.context.split,
+        job.args,
+        stages=stages,
+        lora=lora,
+        ratings=data.columns.get("rating"),
+        text_vectors=None if text is None else text.symmetric,
+        samples=samples,
+        resume=job.resume,
+    )
+    return MethodResult(result.model, job.tokenizer, {"method": "rank_candidates", "stages": result.stages})

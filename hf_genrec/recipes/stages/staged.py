@@ -1,0 +1,151 @@
+"""Training in stages: several methods one after the other on one model, each resumable, each judged by buckets.
+
+A finished stage leaves its model in the checkpoint folder; a resumed run goes on behind the newest one. Every stage is
+ranked on the validation part, and head, tail and cold items are compared with the stage before: a better average must not
+hide a bucket that got worse.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_genrec.artifacts import staged_folder, verify_manifest
+from hf_genrec.errors import ArtifactError, RecipeError
+from hf_genrec.evaluation.bucket_comparison import compare_buckets
+from hf_genrec.evaluation.evaluator import evaluate, training_counts
+from hf_genrec.evaluation.recommenders import ModelRecommender
+from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
+
+logger = logging.getLogger(__name__)
+KEYS = {"method": str, "options": dict, "training": dict}
+_RESULT = "stage.json"
+
+
+def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResult:
+    """Run training methods in a row.
+
+    Args:
+        stages: mappings of `method` (a name of the table), `options` (of that method) and `training` (training arguments
+            that differ from the recipe's).
+    """
+    folder = Path(str(job.args.output_dir))
+    model, tokenizer, summaries, before = job.model, job.tokenizer, [], None
+    for number, stage in enumerate(stages):
+        name = stage["method"]
+        place = folder / f"stage-{number + 1}-{name}"
+        finished = _finished(place, model, tokenizer) if job.resume else None
+        if finished is not None:
+            model, tokenizer, summary = finished
+            logger.info("stage %d of %d, %s, was finished before", number + 1, len(stages), name)
+        else:
+            if not job.args.disable_tqdm:
+                print(f"[training, stage {number + 1} of {len(stages)}: {name}] ...", flush=True)
+            result = _run(job, model, tokenizer, place, stage)
+            model, tokenizer, summary = result.model, result.tokenizer, result.summary
+        report = _ranked(job, model, tokenizer, f"after {name}")
+        if report is not None:
+            summary |= {"validation": {metric: report[metric] for metric in ("recall@10", "ndcg@10")}}
+            if before is not None:
+                compared = compare_buckets(before, report)
+                summary |= {"buckets": compared.to_dict()}
+                if not job.args.disable_tqdm:
+                    print(compared, flush=True)
+                if compared.warning:
+                    logger.warning(compared.warning)
+            before = report
+        if finished is None:
+            _store(place, model, tokenizer, summary)
+        summaries.append({"method": name} | summary)
+    return MethodResult(model, tokenizer, {"stages": summaries})
+
+
+def check_stages(stages: Any, check: Any) -> None:
+    """Check the list in a recipe: `check(where, method, options, training)` checks one stage.
+
+    Raises:
+        RecipeError: no list of mappings, or unknown keys.
+    """
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise RecipeError(
+            "training.method_options.stages must be a list of {method: ..., options: ..., training: ...}."
+        )
+    for number, stage in enumerate(stages):
+        where = f"training.method_options.stages[{number}]"
+        unknown = sorted(set(stage) - set(KEYS))
+        if unknown or "method" not in stage:
+            raise RecipeError(f"{where}: keys are {', '.join(KEYS)}, got {', '.join(map(str, stage))}.")
+        if stage["method"] == "stages":
+            raise RecipeError(f"{where}: a stage is one method, not stages again.")
+        check(where, stage["method"], stage.get("options") or {}, stage.get("training") or {})
+
+
+def _run(job: TrainingJob, model: Any, tokenizer: Any, place: Path, stage: dict[str, Any]) -> MethodResult:
+    from hf_genrec.recipes.components import METHODS
+
+    base = {name: value for name, value in job.recipe.training.items() if name not in ("method", "method_options")}
+    training = base | (stage.get("training") or {})
+    known = {name: value for name, value in training.items() if hasattr(job.args, name)}
+    args = replace(job.args, **known, output_dir=str(place / "running"))
+    recipe = replace(job.recipe, training=training)
+    own = replace(job, recipe=recipe, model=model, tokenizer=tokenizer, args=args)
+    return METHODS[stage["method"]].load()(own, **(stage.get("options") or {}))
+
+
+def _ranked(job: TrainingJob, model: Any, tokenizer: Any, name: str) -> Any:
+    split = job.context.split
+    if (
+        not len(split.validation.targets)
+        or str(getattr(job.args.eval_strategy, "value", job.args.eval_strategy)) == "no"
+    ):
+        return None
+    validation = split.validation
+    if job.args.eval_users is not None and job.args.eval_users < len(validation.targets):
+        from hf_genrec.recipes.stages.preference import part_of_rows
+
+        validation = part_of_rows(validation, job.args.eval_users, 0)
+    return evaluate(
+        ModelRecommender(model, tokenizer),
+        validation,
+        num_items=job.context.num_items,
+        ks=[10],
+        train_counts=training_counts(split.train, job.context.num_items),
+        name=name,
+        progress=False,
+    )
+
+
+def _store(place: Path, model: Any, tokenizer: Any, summary: dict[str, Any]) -> None:
+    import shutil
+
+    with staged_folder(place / "finished") as staged:
+        model.save_pretrained(staged)
+        config = getattr(model, "recommendation_config", None)
+        if config is not None:
+            config.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        (staged / _RESULT).write_text(json.dumps(summary, default=str), encoding="utf-8")
+    shutil.rmtree(place / "running", ignore_errors=True)
+
+
+def _finished(place: Path, model: Any, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]] | None:
+    """Model, tokenizer and summary of a finished stage."""
+    from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+
+    folder = place / "finished"
+    if not folder.is_dir():
+        return None
+    try:
+        verify_manifest(folder)
+    except ArtifactError as error:
+        logger.warning("stage skipped: %s", error)
+        return None
+    loaded = type(model).from_pretrained(folder, dtype=model.dtype)
+    loaded.recommendation_config = RecommendationConfig.from_pretrained(folder, local_files_only=True)
+    return loaded, AutoTokenizer.from_pretrained(folder), json.loads((folder / _RESULT).read_text(encoding="utf-8"))

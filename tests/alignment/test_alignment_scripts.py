@@ -1,0 +1,363 @@
+"""scripts/sft.py, dpo.py and grpo.py from a CSV log to artefacts: what they write, resuming, processes, wrong options."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from safetensors.torch import load_file
+from script_cases import NUM_ITEMS, ROOT, line_for, load_script, run, write_tiger, write_world
+from sft_cases import base_lm, item_lm
+from transformers import TrainerCallback
+
+from hf_genrec.alignment.rewards import ItemGroups
+from hf_genrec.cli import script_run
+from hf_genrec.cli.script_run import trained_model
+from hf_genrec.data.interactions import load_data
+from hf_genrec.data.splits import make_split
+from hf_genrec.errors import ArtifactError, IncompatibleComponentsError, RequestError, TrainingError
+from hf_genrec.evaluation.evaluator import evaluate
+from hf_genrec.evaluation.recommenders import ModelRecommender
+from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.hub import load_artifact
+
+CONFIGS = ROOT / "examples" / "configs"
+ITEMS = {f"i{item:02d}" for item in range(NUM_ITEMS)}
+SCRIPTS = ("sft", "dpo", "grpo")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    return {name: load_script(name) for name in SCRIPTS}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, scripts):
+    """Log, items, codes and base model, `start` (what sft.py made of them) and `tiger`."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    run(scripts["sft"], line_for("sft", folder, folder / "start"))
+    write_tiger(folder / "tiger")
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_sft_writes_a_stock_model_that_ranks_as_its_metrics_say(world):
+    artifact = load_artifact(world / "start")
+    config = json.loads((world / "start" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and not any(
+        "lora" in name for name in weights(world / "start")
+    )
+    found = artifact.recommend([["i03", "i04"], ["i11"]], k=5)
+    assert all(one.item_id in ITEMS for row in found for one in row) and [len(row) for row in found] == [5, 5]
+    served = RecommendationConfig.from_pretrained(world / "start")
+    assert served.restrict_to_level and served.max_history == 8 and served.num_beams == 16
+    data = load_data(str(world / "log.csv"), min_user=3, min_item=1)
+    report = evaluate(
+        ModelRecommender(artifact.model, artifact.tokenizer), make_split(data).test, num_items=16, progress=False
+    )
+    assert {k: v for k, v in artifact.metrics["test"].items() if "@" in k} == pytest.approx(
+        {metric: report[metric] for metric in artifact.metrics["test"] if "@" in metric}
+    )
+    assert artifact.metrics["validation"]["recall@10"] > 0 and artifact.metrics["training"]["rows_per_family"] == {
+        "next_item": 40, "item_to_index": 8
+    }  # fmt: skip
+    assert artifact.recipe["data"] == {"min_user": 3, "min_item": 1} and artifact.recipe["model"]["base"] == "base"
+    assert not (world / "start-checkpoints").exists(), "checkpoints are removed"
+    assert str(world) not in (world / "start" / "README.md").read_text(), "no path of this machine in the card"
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_alignment_reports_buckets_before_and_after(scripts, world, tmp_path, name, kind):
+    start = world / ("start" if kind == "causal" else "tiger")
+    words = line_for(name, world, tmp_path / "out", model=start, lora=kind == "causal")
+    if kind == "seq2seq":  # no adapters there
+        with pytest.raises(RequestError, match="unknown option 'lora_r'"):
+            run(scripts[name], [*words, "--lora_r", "4"])
+    metrics = run(scripts[name], words)
+    artifact = load_artifact(tmp_path / "out")
+    assert type(artifact.model) is type(load_artifact(start).model)
+    assert all(one.item_id in ITEMS for one in artifact.recommend([["i03", "i04"]], k=10)[0])
+    before, after = weights(start), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
+    for part in ("validation", "test"):
+        found = metrics["buckets"][part]
+        assert set(found["buckets"]) == {"head", "tail", "cold"} and found["before"] == "before"
+    assert metrics["buckets"]["test"]["all"]["after"] == pytest.approx(metrics["test"][found["metric"]])
+    assert metrics["buckets"]["test"]["all"]["before"] == pytest.approx(metrics["baselines"]["before"][found["metric"]])
+    if kind == "causal":  # the split of the start, and the record of both stages
+        assert metrics["baselines"]["before"]["recall@5"] == load_artifact(start).metrics["test"]["recall@5"]
+        stages = artifact.recipe["training"]["method_options"]["stages"]
+        assert [stage["method"] for stage in stages] == ["sft", "softmax_dpo" if name == "dpo" else "grpo"]
+        assert artifact.recipe["data"]["min_user"] == 3 and artifact.recipe["paper"][0] == "2311.09049"
+    else:
+        assert scripts[name].parse_line(words)[-1].max_history == 6, "the history length of the artefact"
+
+
+def test_residual_k_means_on_the_spot_joins_the_artefact(scripts, world, tmp_path):
+    words = line_for("sft", world, tmp_path / "out", "--codebook_sizes", "4", "4", "--features", "cooccurrence")
+    place = words.index("--codes")
+    metrics = run(scripts["sft"], [*words[:place], *words[place + 2 :], "--item_init", "codebook", "--max_steps", "2"])
+    artifact = load_artifact(tmp_path / "out")
+    assert (tmp_path / "out" / "quantizer" / "quantizer.safetensors").is_file()
+    assert metrics["identifiers"]["collision_rate"] == 0 and set(artifact.tokenizer.item_ids) == ITEMS
+    again = line_for("sft", world, tmp_path / "again", "--codes", str(tmp_path / "out"), "--max_steps", "1")
+    run(scripts["sft"], again)
+    other = load_artifact(tmp_path / "again").tokenizer
+    assert other.catalogue_fingerprint == artifact.tokenizer.catalogue_fingerprint
+
+
+class Interrupted(BaseException):
+    pass
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_resumed_run_ends_with_the_same_weights(scripts, world, tmp_path, name, monkeypatch):
+    more = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "5"]
+    if name == "sft":
+        more += ["--lora_r", "2", "--lora_dropout", "0.1"]
+    if name == "dpo":
+        more += ["--negatives", "beam"]
+    words = line_for(name, world, tmp_path / "whole", *more, model=None if name == "sft" else world / "start")
+    run(scripts[name], words)
+    words[words.index(str(tmp_path / "whole"))] = str(tmp_path / "cut")
+    trainer = {"sft": "ItemSFTTrainer", "dpo": "SoftmaxDPOTrainer", "grpo": "ItemGRPOTrainer"}[name]
+    stopped = functools.partial(getattr(scripts[name], trainer), callbacks=[StopAt()])
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        patch.setattr(scripts[name], trainer, stopped)
+        run(scripts[name], words)
+        pytest.fail("was not interrupted")
+    assert (tmp_path / "cut-checkpoints" / "checkpoint-2").is_dir() and not (tmp_path / "cut").exists()
+    with pytest.raises(TrainingError, match="resume_from_checkpoint true"):
+        run(scripts[name], words)
+    metrics = run(scripts[name], [*words, "--resume_from_checkpoint", "true"])
+    assert metrics["training"]["steps"] == 5
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+# --------------------------------------------------------------------------------------------------------------- options
+
+
+def test_yaml_and_command_line(scripts, world, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: base\ndataset: log.csv\noutput_dir: out\nlearning_rate: 1e-3\ncodebook_sizes: [8, 8]\n"
+        "tasks: {next_item: 1.0, item_to_index: 0.5}\nwindows: false\n"
+    )
+    script, data, _, args = scripts["sft"].parse_line([f"--config={file}", "--learning_rate", "0.5", "--seed", "7"])
+    assert args.learning_rate == 0.5 and args.seed == 7 and data.dataset == "log.csv" and script.windows is False
+    assert script.tasks == {"next_item": 1.0, "item_to_index": 0.5} and script.codebook_sizes == [8, 8]
+    args = scripts["sft"].parse_line(["--config", str(file)])[-1]
+    assert args.learning_rate == 1e-3 and args.item_head == "full"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--learning_rat", "1"], "unknown option 'learning_rat': did you mean 'learning_rate'"),
+        (["--config", "{file}"], "unknown option 'code_book_sizes' of --config: did you mean 'codebook_sizes'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--config"], "no value"),
+        (["--output_dir", "x", "--tasks", "{next_item"], "no JSON mapping"),
+        (["--output_dir", "x", "--tasks", '["next_item"]'], "map families to weights"),
+        (["--output_dir", "x", "--packing", "true"], "packing"),
+    ],
+)
+def test_wrong_options_are_named(scripts, tmp_path, words, message):
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: x\ncode_book_sizes: [4]\n")
+    with pytest.raises((RequestError, TrainingError), match=message.replace("{", r"\{")):
+        scripts["sft"].parse_line([word.replace("{file}", str(file)) for word in words])
+
+
+def test_refusals_before_hours_of_training(scripts, world, tmp_path):
+    np.save(tmp_path / "few.npy", np.zeros((3, 2), np.int32))
+    sft, dpo, grpo = scripts["sft"], scripts["dpo"], scripts["grpo"]
+    with pytest.raises(RequestError, match="hub_model_id"):
+        run(sft, line_for("sft", world, tmp_path / "a", "--push_to_hub", "true"))
+    with pytest.raises(IncompatibleComponentsError, match="cannot be loaded"):
+        run(sft, line_for("sft", world, tmp_path / "a", model=tmp_path))
+    with pytest.raises(IncompatibleComponentsError, match="codes for 3 items"):
+        run(sft, line_for("sft", world, tmp_path / "a", "--codes", str(tmp_path / "few.npy")))
+    with pytest.raises(ArtifactError, match="manifest"):
+        run(dpo, line_for("dpo", world, tmp_path / "a", model=world / "base"))
+    with pytest.raises(RequestError, match="--model is missing"):
+        run(dpo, ["--output_dir", str(tmp_path / "a")])
+    with pytest.raises(RequestError, match="reward 'rul'"):
+        run(grpo, line_for("grpo", world, tmp_path / "a", "--reward", '{"rul": 1}', model=world / "start"))
+    with pytest.raises(RequestError, match="divisible"):
+        run(grpo, line_for("grpo", world, tmp_path / "a", "--num_generations", "3", model=world / "start"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("keep me")
+    with pytest.raises(ArtifactError, match=r"mine\.txt"):
+        run(sft, line_for("sft", world, notes))
+
+
+def test_weighted_reward_reads_vectors_and_another_model(scripts, world, tmp_path):
+    np.save(tmp_path / "vectors.npy", np.eye(NUM_ITEMS, dtype=np.float32))
+    more = ["--reward", '{"rule": 2.0, "semantic": 0.5, "collaborative": 1.0}', "--reward_model", str(world / "tiger")]
+    words = line_for("grpo", world, tmp_path / "out", *more, "--item_vectors", str(tmp_path / "vectors.npy"))
+    script, *_ = scripts["grpo"].parse_line([*words, "--model", str(world / "start")])
+    data = load_data(str(world / "log.csv"), min_user=3, min_item=1)
+    tokenizer = load_artifact(world / "start").tokenizer
+    reward = scripts["grpo"].reward_of(script, tokenizer, data, make_split(data), 0, False)
+    groups = ItemGroups(torch.tensor([[3, 5]]), torch.tensor([5]), [np.array([4])])
+    scores = reward.score(groups)[0]
+    third = reward.parts[2][1].score(groups)[0]
+    assert torch.allclose(scores - third, torch.tensor([0.0, 2.5])) and third.min() >= 0 and third.max() <= 1
+
+
+def test_push_happens_only_when_asked_and_once(scripts, world, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(folder, **options):
+        pushed.append((folder, options))
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(script_run, "push_artifact", push)
+    more = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    run(scripts["sft"], line_for("sft", world, tmp_path / "a", *more))
+    assert not pushed
+    asked = [
+        "--push_to_hub",
+        "true",
+        "--hub_model_id",
+        "me/films",
+        "--hub_token",
+        "secret",
+        "--hub_private_repo",
+        "true",
+    ]
+    run(scripts["sft"], line_for("sft", world, tmp_path / "b", *more, *asked))
+    assert pushed == [(tmp_path / "b", {"repo_id": "me/films", "private": True, "token": "secret"})]
+    assert not any("secret" in path.read_text() for path in (tmp_path / "b").glob("*.[jym]*") if path.is_file())
+
+
+def test_an_error_is_one_paragraph(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [
+        sys.executable,
+        str(ROOT / "scripts" / "dpo.py"),
+        "--model",
+        str(tmp_path / "nowhere/a/b"),
+        "--output_dir",
+        "x",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("owner/name.") and "is not a folder" in done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_ours_and_hides_the_crowd(scripts, name, capsys):
+    with pytest.raises(SystemExit):
+        scripts[name].parse_line(["--help"])
+    text = capsys.readouterr().out
+    assert "--config FILE.yaml" in text and "--lora_r" in text and "--dataset" in text
+    assert "--torchdynamo" not in text and "--hub_token" not in text and len(text.splitlines()) < 330
+
+
+# ------------------------------------------------------------------------------------------------------ shipped settings
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_shipped_configs_are_understood(scripts, world, file):
+    model = world / ("tiger" if "t5" in file else "start")
+    groups = scripts[file.partition("_")[0]].parse_line(["--config", str(CONFIGS / file), "--model", str(model)])
+    values = yaml.safe_load((CONFIGS / file).read_text())
+    found = {name: getattr(group, name) for group in groups for name in values if hasattr(group, name)}
+    assert found | {"model": values["model"]} == values
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (CONFIGS / "accelerate").glob("*.yaml")))
+def test_accelerate_reads_its_configs(file):
+    path = str(CONFIGS / "accelerate" / file)
+    config = load_config_from_file(path)
+    raw = yaml.safe_load(Path(path).read_text())
+    assert config.num_processes == 2 and config.distributed_type == raw["distributed_type"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "scripts/sft.py"]))
+    assert (args.use_fsdp, args.use_deepspeed) == ("fsdp" in file, "deepspeed" in file)
+    if "fsdp" in file:
+        assert int(args.fsdp_version) == 2 and args.fsdp_state_dict_type == "FULL_STATE_DICT"
+    if "deepspeed" in file:
+        assert int(args.zero_stage) == int(file[-6])
+    if "cpu" in file:
+        assert args.multi_gpu and args.use_cpu, "several processes, none on a GPU"
+
+
+def test_weights_in_pieces_become_a_whole_model():
+    """What FSDP and ZeRO-3 need at the end: collected weights, tied ones once, into a model made anew."""
+    trained = item_lm(tied=True, seed=3)
+    state = {name: value for name, value in trained.state_dict().items() if name != "lm_head.weight"}
+    accelerator = SimpleNamespace(get_state_dict=lambda model: state, unwrap_model=lambda model: model)
+    trainer = SimpleNamespace(
+        accelerator=accelerator, model=None, is_fsdp_enabled=True, is_deepspeed_enabled=False,
+        is_world_process_zero=lambda: True,
+    )  # fmt: skip
+    whole = trained_model(trainer, rebuild=lambda: item_lm(tied=True, seed=5))
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in trained.state_dict().items())
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    del state["model.norm.weight"]
+    with pytest.raises(TrainingError, match=r"model\.norm\.weight"):
+        trained_model(trainer, rebuild=lambda: item_lm(tied=True, seed=5))
+    trainer.is_world_process_zero = lambda: False
+    assert trained_model(trainer, rebuild=base_lm) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+
+def launched(world: Path, output: Path, processes: int, size: int) -> dict[str, list[float]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = [str(Path(__file__).with_name("script_driver.py")), str(world), str(output), str(size)]
+    config = CONFIGS / "accelerate" / "cpu_2_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", str(port)] if processes == 2 else []
+    done = subprocess.run(
+        [*command, *driver] if processes == 2 else [sys.executable, *driver],
+        timeout=900,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = {}
+    for name in SCRIPTS:
+        state = json.loads((output / f"{name}-checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())
+        logs[name] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        load_artifact(output / name)
+    return logs
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(world, tmp_path):
+    one, two = launched(world, tmp_path / "one", 1, 8), launched(world, tmp_path / "two", 2, 4)
+    for name in SCRIPTS:
+        assert len(one[name]) == 6 and one[name] == pytest.approx(two[name], abs=1e-4), name
+    assert json.loads((tmp_path / "two" / "sft" / "metrics.json").read_text())["training"]["processes"] == 2

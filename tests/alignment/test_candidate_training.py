@@ -1,0 +1,544 @@
+"""Training of candidate rankers: rows, stages and what they leave alone, curriculum, alignment, resume, learning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_cases import successor_split
+
+from hf_genrec.alignment.negatives import RandomNegatives
+from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
+from hf_genrec.alignment.trainers.candidate_alignment import CollaborativeTextAligner
+from hf_genrec.alignment.trainers.candidate_data import (
+    CandidateCollator,
+    CandidateDataset,
+    candidate_preference_rows,
+    closed_lists,
+)
+from hf_genrec.alignment.trainers.candidate_metrics import auc, closed_set_answers, closed_set_metrics, list_metrics
+from hf_genrec.alignment.trainers.candidate_stages import RANKER_METHODS, LoraOptions, RankerStage
+from hf_genrec.alignment.trainers.candidate_training import (
+    CandidateTrainer,
+    closed_list_scores,
+    evaluate_written_answers,
+    train_candidate_ranker,
+)
+from hf_genrec.data.sequences import Sequences
+from hf_genrec.data.splits import EvaluationSet, Split
+from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.evaluation.recommenders import ModelRecommender
+from hf_genrec.models.auto import AutoModelForRecommendation, register_auto_classes
+
+register_auto_classes()
+_spec = importlib.util.spec_from_file_location(
+    "candidate_ranker_cases", Path(__file__).parents[1] / "models" / "candidate_ranker_cases.py"
+)
+cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+N = cases.NUM_ITEMS
+LORA = LoraOptions(r=2, alpha=8, dropout=0.0)
+
+
+def arguments(folder, **options) -> RecommenderTrainingArguments:
+    values = {
+        "per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "eval_strategy": "no", "use_cpu": True,
+        "save_strategy": "no", "disable_tqdm": True, "warmup_steps": 0, "logging_steps": 1, "max_history": 4,
+        "lr_scheduler_type": "constant", "eval_num_beams": 5, "eval_ks": [5, 10],
+    }  # fmt: skip
+    return RecommenderTrainingArguments(output_dir=str(folder), **{**values, **options})
+
+
+def split() -> Split:
+    return successor_split(N, users=20)
+
+
+def dataset(rows=None, **options) -> CandidateDataset:
+    train = rows or split().train
+    return CandidateDataset(train, RandomNegatives(N, seed=3), **{"num_candidates": 5, "seed": 3, **options})
+
+
+def tensors(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before, model) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_hold_the_target_once_in_a_drawn_place():
+    data = dataset()
+    first = [data[index] for index in range(len(data))]
+    places = np.zeros(5)
+    for sample in first:
+        items = sample["candidates"].tolist()
+        assert len(set(items)) == 5 and items.count(sample["target"]) == 1
+        assert not set(items) - {sample["target"]} & set(sample["history"].tolist())
+        places[items.index(sample["target"])] += 1
+    expected = len(first) / 5
+    assert ((places - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom, 0.1 %
+    data.set_epoch(1)
+    assert any(a["candidates"].tolist() != data[i]["candidates"].tolist() for i, a in enumerate(first))
+    data.set_epoch(0)
+    again = dataset()
+    for index, sample in enumerate(first):
+        for other in (data[index], again[index]):
+            assert all(np.array_equal(sample[name], other[name]) for name in sample)
+
+
+def test_yes_no_rows_come_from_ratings_or_from_drawn_items():
+    data = dataset(pointwise=True)
+    labels = [data[index]["label"] for index in range(len(data))]
+    assert sum(labels) * 2 == len(labels)
+    for index in range(len(data)):
+        sample = data[index]
+        follows = (sample["history"][-1] + 1) % N == sample["target"]  # the catalogue's rule
+        assert follows == bool(sample["label"])
+    rows = Sequences.from_rows([[1, 2, 3, 4], [5, 6]])
+    rated = dataset(rows, pointwise=True, ratings=np.array([5, 1, 4, 2, 3, 5.0]))
+    found = [rated[index] for index in range(len(rated))]
+    assert [(s["history"].tolist(), s["disliked"].tolist(), s["target"], s["label"]) for s in found] == [
+        ([1], [], 2, 0), ([1], [2], 3, 1), ([1, 3], [2], 4, 0), ([], [5], 6, 1),
+    ]  # fmt: skip
+    few = dataset(pointwise=True, samples=16)
+    before = [few[i]["target"] for i in range(16)]
+    few.set_epoch(5)
+    assert len(few) == 16 and sorted(few._place.tolist()) == sorted(dataset(pointwise=True, samples=16)._place.tolist())
+    assert (
+        sum(a == few[i]["target"] for i, a in enumerate(before)) >= 4
+    )  # the targets stay, what is drawn beside changes
+    with pytest.raises(TrainingError, match="ratings"):
+        dataset(ratings=np.ones(3))
+    with pytest.raises(TrainingError, match="two items"):
+        dataset(Sequences.from_rows([[1], []]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("verbalizer", ["letters", "yes_no", "title"])
+def test_only_answers_are_labelled(verbalizer, side):
+    model, _, text = cases.ranker(verbalizer)
+    data = dataset(pointwise=verbalizer == "yes_no")
+    samples = [data[index] for index in range(6)]
+    batch = CandidateCollator(model, padding_side=side)(samples)
+    for sample, ids, labels in zip(samples, batch["input_ids"], batch["labels"]):
+        answer = text.decode(labels[labels != -100])
+        if verbalizer == "letters":
+            assert answer.strip() == "ABCDE"[sample["candidates"].tolist().index(sample["target"])]
+        elif verbalizer == "yes_no":
+            assert answer.strip() == ("Yes" if sample["label"] else "No")
+            assert f'"{cases.titles()[sample["target"]]}"\nAnswer' in text.decode(ids)
+        else:
+            assert answer == f'"{cases.titles()[sample["target"]]}"</s>'
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+
+
+def test_closed_lists_depend_on_their_row_alone():
+    histories = [np.array([1, 2, 3]), np.arange(20), np.array([5])]
+    targets = np.array([4, 21, 5])
+    lists = closed_lists(histories, targets, 6, N)
+    assert np.array_equal(lists[1:2], closed_lists(histories[1:2], targets[1:2], 6, N))
+    for row, history, target in zip(lists, histories, targets):
+        members = [item for item in row.tolist() if item >= 0]
+        assert members.count(target) == 1 and not set(members) - {target} & set(history.tolist())
+        assert len(members) == len(set(members)) == min(6, N - len({target, *history.tolist()}) + 1)
+    wide = closed_lists(histories, targets, 6, 10_000)
+    assert (wide >= 0).all() and len(set(wide[0].tolist())) == 6
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_naming_two_candidates_are_invalid():
+    shown = [["Alien", "Aliens", "Heat", ""]] * 5
+    found = closed_set_answers(["I say HEAT!", "Aliens", "Alien", "Heat, Alien", ""], shown)
+    assert found.tolist() == [2, -2, 0, -2, -1]
+    assert closed_set_metrics(found, np.array([2, 1, 0, 0, 0])) == {
+        "valid_ratio": 0.4, "hit_rate@1": 0.4, "hit_rate@1_valid": 1.0,
+    }  # fmt: skip
+
+
+def test_auc_by_counting_pairs():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 6, 60).astype(float), rng.integers(0, 2, 60)
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+    assert auc(scores, labels) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert np.isnan(auc(scores[:0], labels[:0]))
+    table = np.array([[3.0, 1.0, -np.inf], [1.0, 2.0, 0.0]])
+    assert list_metrics(table)["uauc"] == pytest.approx((1.0 + 0.5) / 2)
+    assert list_metrics(table)["mrr"] == pytest.approx(0.75)
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def test_collm_trains_adapters_first_and_the_mapping_alone_afterwards(tmp_path):
+    method = RANKER_METHODS["collm"]
+    model, items, _ = cases.ranker(**method.fields)
+    before, states = tensors(model), []
+
+    original = CandidateTrainer.train
+
+    def train(self, *args, **kwargs):
+        states.append((self.stage.name, tensors(self.model)))
+        result = original(self, *args, **kwargs)
+        states.append((self.stage.name, tensors(self.model)))
+        return result
+
+    CandidateTrainer.train = train
+    try:
+        result = train_candidate_ranker(
+            model, items, split(), arguments(tmp_path), stages=method.stages, lora=LORA, merge=False
+        )
+    finally:
+        CandidateTrainer.train = original
+    assert [name for name, _ in states] == ["text", "text", "mapping", "mapping"]
+    (_, start), (_, text), (_, same), (_, mapped) = states
+    moved = {name for name in text if not torch.equal(text[name], start[name])}
+    assert moved and all(".lora_" in name for name in moved)
+    assert all(torch.equal(text[name], same[name]) for name in text)
+    moved = {name for name in mapped if not torch.equal(mapped[name], text[name])}
+    assert any(name.startswith("item_injector.") for name in moved)
+    assert any(name.startswith("user_injector.") for name in moved)
+    assert not any(".lora_" in name or name.startswith(("language_model.", "retriever.")) for name in moved)
+    for name, tensor in before.items():  # base and retriever never moved
+        if name.startswith("retriever."):
+            assert torch.equal(tensor, mapped[name])
+    assert list(result.stages) == ["text", "mapping"]
+    saved = sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-result"))
+    assert saved == ["1-text-result", "2-mapping-result"]
+
+
+def test_merged_it_is_a_plain_model_again(tmp_path):
+    method = RANKER_METHODS["llamarec"]
+    fields = {**method.fields, "num_candidates": 5}
+    model, items, _ = cases.ranker(**fields)
+    names = set(model.state_dict())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = tensors(model)
+    base = [["i1", "i2"], ["i7"]]
+    result = train_candidate_ranker(model, items, split(), arguments(tmp_path / "run"), stages=method.stages, lora=LORA)
+    assert result.model is model and set(model.state_dict()) == names
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    moved = changed(before, model)
+    assert moved and all("q_proj" in name or "v_proj" in name for name in moved)
+    found = model.recommend(base, tokenizer=items)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForRecommendation.from_pretrained(tmp_path / "model")
+    assert loaded.recommend(base, tokenizer=items) == found
+
+
+def test_llara_shows_soft_tokens_ever_more_often(tmp_path):
+    method = RANKER_METHODS["llara"]
+    model, items, _ = cases.ranker(**{**method.fields, "num_candidates": 4})
+    trainer = CandidateTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        data_collator=CandidateCollator(model, "both"),
+        train_dataset=dataset(num_candidates=4),
+        processing_class=items,
+        stage=method.stages[0],
+    )
+    trainer.state.max_steps = 2000
+    hybrid = []
+    for step in range(2001):
+        trainer.state.global_step = step
+        hybrid.append(trainer.hybrid_now())
+    assert not hybrid[0] and hybrid[-1]
+    shares = np.array(hybrid[:2000]).reshape(10, 200).mean(1)
+    assert np.abs(shares - (np.arange(10) + 0.5) / 10).max() < 0.12  # linear
+    # a text batch gives the projector no gradient at all, a hybrid one does
+    batch = CandidateCollator(model, "both")([dataset(num_candidates=4)[i] for i in range(4)])
+    for step, shown in ((0, False), (2000, True)):
+        model.zero_grad()
+        trainer.state.global_step = step
+        trainer.compute_loss(model, dict(batch)).backward()
+        assert all((p.grad is not None) == shown for p in model.item_injector.parameters())
+    assert (
+        int((batch["input_ids"] == model.config.item_placeholder_id).sum()) == int((batch["slot_items"] >= 0).sum()) > 0
+    )
+    assert not (batch["text_input_ids"] >= model.config.language_vocab_size).any()
+
+
+def test_a_llmrec_trains_projectors_only_and_reads_cold_items_from_their_text(tmp_path):
+    method = RANKER_METHODS["a_llmrec"]
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(N, 12)).astype(np.float32)
+    rows = split()
+    cold = 5
+    train = Sequences.from_rows([[i for i in row.tolist() if i != cold] for row in rows.train])
+    rows = Split(rows.protocol, train, rows.validation, rows.test, {})
+    latents = np.zeros((N, 6), np.float32)
+    model, items, _ = cases.ranker(**{**method.fields, "num_candidates": 4}, item_vectors=latents)
+    before = tensors(model)
+    result = train_candidate_ranker(model, items, rows, arguments(tmp_path), stages=method.stages, text_vectors=vectors)
+    assert result.stages["alignment"]["cold_items"] == 1
+    moved = changed(before, model)
+    assert "item_vectors" in moved
+    assert all(name == "item_vectors" or name.startswith(("item_injector.", "user_injector.")) for name in moved)
+    assert {name.split(".")[0] for name in moved} == {"item_vectors", "item_injector", "user_injector"}
+    assert (model.item_vectors > 0).all() and (model.item_vectors < 1).all()  # latents, all of them written
+    with pytest.raises(IncompatibleComponentsError, match="text_vectors"):
+        train_candidate_ranker(model, items, rows, arguments(tmp_path / "b"), stages=method.stages)
+
+
+def test_the_matching_term_couples_both_latents():
+    torch.manual_seed(0)
+    items = torch.randn(40, 8)
+    texts = torch.cat([items @ torch.randn(8, 10), torch.randn(40, 2)], 1)  # texts know the collaborative vectors
+    distance = {}
+    for matching in (1.0, 0.0):
+        torch.manual_seed(1)
+        aligner = CollaborativeTextAligner(items, texts, latent_size=4, matching=matching)
+        optimizer = torch.optim.Adam(aligner.parameters(), lr=0.02)
+        for _ in range(150):
+            drawn = torch.randint(40, (2, 32))
+            optimizer.zero_grad()
+            aligner(items[drawn[0]], drawn[0], drawn[1])["loss"].backward()
+            optimizer.step()
+        cold = np.zeros(40, bool)
+        cold[:10] = True
+        mixed, warm = aligner.latents(cold), aligner.latents()
+        assert torch.equal(mixed[10:], warm[10:]) and not torch.equal(mixed[:10], warm[:10])
+        centred = [side - side.mean(0) for side in (mixed[:10], warm[:10])]
+        distance[matching] = float(torch.cosine_similarity(*centred, dim=1).mean())
+    assert distance[1.0] > 0.7 and abs(distance[0.0]) < 0.4, distance
+
+
+def test_the_alignment_loss_by_hand():
+    aligner = CollaborativeTextAligner(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [-1.0]]), latent_size=1)
+    with torch.no_grad():
+        for side in (aligner.item_side, aligner.text_side):
+            for layer in (side.encoder, side.decoder):
+                layer.weight.fill_(1.0)
+                layer.bias.zero_()
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    expected = 0.0
+    for cf, text, label in ((1.0, 0.5, 1), (2.0, -1.0, 0)):
+        f, g = sigmoid(cf), sigmoid(text)
+        logit = 3.0 * f
+        expected += -np.log(sigmoid(logit) if label else 1 - sigmoid(logit))
+        expected += (f - g) ** 2 + 0.5 * (f - cf) ** 2 + 0.2 * (g - text) ** 2
+    found = aligner(torch.tensor([[3.0]]), torch.tensor([0]), torch.tensor([1]))["loss"]
+    assert float(found.detach()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_generic_instructions_come_first_and_are_left_out_without_rows(tmp_path):
+    method = RANKER_METHODS["tallrec"]
+    rows = [{"input_ids": [5, 6, 7, 8 + n], "labels": [-100, -100, -100, 8 + n]} for n in range(12)]
+    model, items, _ = cases.ranker(**method.fields)
+    options = {"stages": method.stages, "lora": LORA, "samples": 16}
+    result = train_candidate_ranker(model, items, split(), arguments(tmp_path / "a"), instructions=rows, **options)
+    assert list(result.stages) == ["instructions", "yes_no"]
+    other, _, _ = cases.ranker(**method.fields)
+    result = train_candidate_ranker(other, items, split(), arguments(tmp_path / "b"), **options)
+    assert list(result.stages) == ["yes_no"]
+
+
+def test_accumulation_and_batch_split_leave_the_losses_as_they_are(tmp_path):
+    histories = []
+    for name, options in (
+        ("one", {"per_device_train_batch_size": 8}),
+        ("four", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+    ):
+        model, items, _ = cases.ranker("title")
+        trainer = CandidateTrainer(
+            model=model,
+            args=arguments(tmp_path / name, train_sampling_strategy="sequential", learning_rate=1e-3, **options),
+            data_collator=CandidateCollator(model),
+            train_dataset=dataset(),
+            processing_class=items,
+            stage=RankerStage("all", ("language_model",)),
+        )
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(histories[0]) == 4 and np.allclose(*histories, atol=1e-4, rtol=1e-5)
+
+
+class Stop(Exception):
+    """A run that ends unexpectedly."""
+
+
+def test_resumed_between_and_inside_stages_it_ends_with_the_same_bits(tmp_path):
+    from transformers import TrainerCallback
+
+    class StopAt(TrainerCallback):
+        def __init__(self, stage: int, step: int):
+            self.stage, self.step = stage, step
+            self.seen = 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.seen += 1
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.seen == self.stage and state.global_step == self.step:
+                raise Stop
+
+    method = RANKER_METHODS["collm"]
+    options = {"stages": method.stages, "lora": LoraOptions(2, 8, 0.1)}
+    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    ends = []
+    for name, callbacks in (("whole", []), ("broken", [StopAt(2, 5)])):
+        model, items, _ = cases.ranker(**method.fields)
+        call = (split(), arguments(tmp_path / name, **args))
+        if callbacks:
+            with pytest.raises(Stop):
+                train_candidate_ranker(model, items, *call, callbacks=callbacks, **options)
+            model, items, _ = cases.ranker(**method.fields)
+            with pytest.raises(TrainingError, match="resume"):
+                train_candidate_ranker(model, items, *call, **options)
+            model, items, _ = cases.ranker(**method.fields)
+            train_candidate_ranker(model, items, *call, resume=True, **options)
+        else:
+            train_candidate_ranker(model, items, *call, **options)
+        ends.append(tensors(model))
+    assert not [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "whole" / "1-text" / "checkpoint-6" / "trained.safetensors")
+    assert stored and all(".lora_" in name for name in stored)  # a checkpoint holds adapters only
+
+
+def test_stages_that_make_no_sense(tmp_path):
+    for options, message in (
+        ({"trains": ("everything",)}, "everything"),
+        ({"trains": ()}, "empty"),
+        ({"trains": ("lora", "language_model")}, "both"),
+        ({"trains": ("projector",), "prompts": "text"}, "projector"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            RankerStage("s", **options)
+    model, items, _ = cases.ranker("letters")
+    with pytest.raises(TrainingError, match="nothing"):
+        train_candidate_ranker(
+            model, items, split(), arguments(tmp_path), stages=[RankerStage("s", ("projector",), "hybrid")]
+        )
+    with pytest.raises(IncompatibleComponentsError, match="adapters"):
+        train_candidate_ranker(
+            model,
+            items,
+            split(),
+            arguments(tmp_path / "x"),
+            stages=[RankerStage("s", ("lora",), "text")],
+            lora=LoraOptions(target_modules=("nothing_like_it",)),
+        )
+
+
+# -- other doors -------------------------------------------------------------------------------------------------------
+
+
+def test_lists_become_rows_of_preferences(tmp_path):
+    from trl import DPOConfig  # noqa: F401  (fails early where TRL is missing)
+
+    from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
+
+    model, _, text = cases.ranker("title")
+    rows = candidate_preference_rows(model, dataset(), 3)
+    first = dataset()[0]
+    assert text.decode(rows[0]["chosen_ids"]) == f'"{cases.titles()[first["target"]]}"</s>'
+    others = {f'"{cases.titles()[i]}"</s>' for i in first["candidates"] if i != first["target"]}
+    assert {text.decode(one) for one in rows[0]["rejected_ids"]} <= others and len(rows[0]["rejected_ids"]) == 3
+    config = SoftmaxDPOConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to=[],
+        gradient_checkpointing=False, disable_tqdm=True, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer = SoftmaxDPOTrainer(
+        model=model.language_model, args=config, train_dataset=rows.select(range(8)), processing_class=text
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(4), abs=1e-4)
+    with pytest.raises(TrainingError, match="title"):
+        candidate_preference_rows(cases.ranker("letters")[0], dataset(), 3)
+
+
+def test_written_answers_are_measured_against_their_list():
+    model, _, text = cases.ranker("title")
+    evaluation = split().validation
+
+    def write(
+        histories, lists, **options
+    ):  # a language model that always writes the first two candidates, or the first
+        words = [text.encode(f"{cases.titles()[row[0]]}. ") for row in lists]
+        second = [text.encode(cases.titles()[row[1]]) for row in lists]
+        return [a + b if n % 2 else a for n, (a, b) in enumerate(zip(words, second))]
+
+    model.generate_answers = write
+    found = evaluate_written_answers(model, text, cases.titles(), evaluation)
+    lists = closed_lists(list(evaluation.histories), evaluation.targets, model.config.num_candidates, N)
+    assert found["valid_ratio"] == pytest.approx(0.5, abs=0.2)  # short titles may hide in longer ones
+    hits = np.mean([n % 2 == 0 and row[0] == t for n, (row, t) in enumerate(zip(lists, evaluation.targets))])
+    assert found["hit_rate@1"] <= hits + 1e-9
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def tasteful_split(users: int = 40, seed: int = 0) -> tuple[Split, np.ndarray]:
+    """Every user likes the items with an even number and dislikes the others; ratings say so."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(N)[:8].tolist() for _ in range(users)]
+    everything = Sequences.from_rows(rows)
+    train = everything.truncate_tail(2)
+
+    def held_out(back):
+        return EvaluationSet(np.arange(users), everything.truncate_tail(back), np.array([r[-back] for r in rows]))
+
+    ratings = np.where(train.items % 2 == 0, 5.0, 1.0)
+    return Split("leave_one_out", train, held_out(2), held_out(1), {}), ratings
+
+
+@pytest.mark.slow
+def test_tallrec_learns_taste_from_64_samples(tmp_path):
+    rows, ratings = tasteful_split()
+    model, items, _ = cases.ranker("yes_no")
+    even = np.arange(0, N, 2), np.arange(1, N, 2)
+
+    def separation() -> float:
+        scores = model.rank_candidates([[0, 2]] * 6, np.stack([np.r_[even[0], even[1]]] * 6), disliked=[[1, 3]] * 6)
+        return auc(scores[0].numpy(), np.r_[np.ones(12), np.zeros(12)])
+
+    assert separation() < 0.8
+    train_candidate_ranker(
+        model,
+        items,
+        rows,
+        arguments(tmp_path, max_steps=60, learning_rate=5e-3, per_device_train_batch_size=16),
+        stages=[RankerStage("yes_no", ("language_model",), "text")],
+        ratings=ratings,
+        samples=64,
+    )
+    assert separation() > 0.8
+
+
+def test_validation_ranks_all_items_and_closed_lists_and_keeps_the_best(tmp_path):
+    model, items, _ = cases.ranker("letters", slots=["history", "candidates"], projector="linear")
+    rows = split()
+    result = train_candidate_ranker(
+        model,
+        items,
+        rows,
+        arguments(
+            tmp_path, max_steps=3, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=1, metric_for_best_model="closed_hit_rate@1", load_best_model_at_end=True, save_total_limit=None,
+        ),
+        stages=[RankerStage("letters", ("projector",))],
+    )  # fmt: skip
+    found = result.stages["letters"]["validation"]
+    scores = closed_list_scores(model, list(rows.validation.histories), rows.validation.targets, seed=42)
+    expected = list_metrics(scores.numpy())
+    assert found["closed_hit_rate@1"] == pytest.approx(expected["hit_rate@1"], abs=1e-6)
+    assert found["uauc"] == pytest.approx(expected["uauc"], abs=1e-6)
+    lists = ModelRecommender(model, items).recommend_topk(rows.validation.histories, 10, True)
+    hits = (lists == rows.validation.targets[:, None]).any(1).mean()
+    assert found["recall@10"] == pytest.approx(hits, abs=1e-6)
+    retrieved = ModelRecommender(model.retriever, items).recommend_topk(rows.validation.histories, 10, True)
+    assert hits == (retrieved == rows.validation.targets[:, None]).any(1).mean()  # it only reorders
+    log = json.loads((tmp_path / "1-letters" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    rates = {e["step"]: e["eval_closed_hit_rate@1"] for e in log if "eval_closed_hit_rate@1" in e}
+    assert rates[result.stages["letters"]["best_step"]] == max(rates.values())
