@@ -21,7 +21,9 @@ def run_recommend(options: argparse.Namespace) -> tuple[Any, str]:
         allowed_items=_ids(options.allowed_items) if options.allowed_items is not None else None,
     )[0]
     titles = titles_of(artifact)
-    rows = [{"rank": r.rank, "item_id": r.item_id, "score": r.score, "title": titles.get(r.item_id)} for r in answers]
+    rows: list[dict[str, Any]] = [
+        {"rank": r.rank, "item_id": r.item_id, "score": r.score, "title": titles.get(r.item_id)} for r in answers
+    ]
     width = max([len(row["item_id"]) for row in rows], default=0)
     lines = ["history: " + ("; ".join(titles.get(item) or item for item in history[-10:]) or "(none)")]
     lines += [f"{row['rank']:>3}  {row['item_id']:<{width}}  {row['score']:8.3f}  {row['title'] or ''}" for row in rows]

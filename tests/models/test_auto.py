@@ -90,7 +90,9 @@ def test_every_model_of_the_recipes_is_registered():
     registered = {
         AutoModelForRecommendation._model_mapping[config] for config in list(MODEL_FOR_RECOMMENDATION_MAPPING.keys())
     }
-    classes = [component.load() for name, component in MODELS.items() if name != "causal_lm"]  # that one is a stock model
+    classes = [
+        component.load() for name, component in MODELS.items() if name != "causal_lm"
+    ]  # that one is a stock model
     assert {getattr(one, "decoder_class", one) for one in classes} <= registered
 
 
