@@ -145,10 +145,14 @@ def collect_table(
         runs = [json.loads(path.read_text()) for seed in seeds if (path := _result_file(folder, name, seed)).is_file()]
         if not runs:
             continue
-        ranks_SM = np.array([[np.inf if rank is None else rank for rank in run["ranks"]] for run in runs])
+        ranks_SM = np.array([_ranks(run["ranks"]) for run in runs])
         columns = [values_from_ranks(ranks_M, [10]) for ranks_M in ranks_SM]
         values[name] = {metric: np.array([column[metric] for column in columns]) for metric in METRICS}
+        popular = values_from_ranks(_ranks(runs[0]["popularity_ranks"]), [10])
         rows.append(_row(name, runs, values[name]))
+        rows[-1]["difference_to_popularity"] = {
+            metric: paired_difference(values[name][metric].mean(0), popular[metric]).to_dict() for metric in METRICS
+        }
         metrics = runs[0]["metrics"]
         shared = {"dataset": metrics["dataset"], "protocol": metrics["protocol"], "popularity": runs[0]["popularity"]}
     for row in rows:
@@ -161,6 +165,10 @@ def collect_table(
     rows.sort(key=lambda row: -row["ndcg@10"]["mean"])
     budget = {"train_processor_seconds": train_seconds, "threads": 1, "seen_items": "removed"}
     return {"table": table, **shared, "budget": budget, "reference": REFERENCE, "seeds": list(seeds), "rows": rows}
+
+
+def _ranks(places: Sequence[int | None]) -> np.ndarray:
+    return np.array([np.inf if place is None else place for place in places])
 
 
 def _row(name: str, runs: list[dict[str, Any]], values: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -206,14 +214,19 @@ def render_table(table: dict[str, Any]) -> str:
         f"{table['dataset']}, {table['protocol'].replace('_', ' ')}, full ranking at item level, seen items removed; "
         f"{len(table['seeds'])} seeds, {budget['train_processor_seconds']:g} processor seconds of training on one thread "
         f"each. Intervals: 95 % bootstrap over seeds and users. Popularity: {table['popularity']['recall@10']:.4f} / "
-        f"{table['popularity']['ndcg@10']:.4f}.",
+        f"{table['popularity']['ndcg@10']:.4f}; rows marked with a dagger are not clearly above it.",
         "",
         "| recipe | collisions | utilisation | neighbours | Recall@10 | NDCG@10 | NDCG@10 - "
         f"{table['reference']} | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in table["rows"]:
-        cells = [f"`{row['recipe']}`", number(row["collision_rate"]), number(row["utilisation"], ".2f")]
+        above = row["difference_to_popularity"]["ndcg@10"]["low"] > 0
+        cells = [
+            f"`{row['recipe']}`{'' if above else ' †'}",
+            number(row["collision_rate"]),
+            number(row["utilisation"], ".2f"),
+        ]
         cells.append(number(row["neighbour_hit_rate"], ".2f"))
         for metric in METRICS:
             low, high = row[metric]["interval"]

@@ -35,7 +35,10 @@ def run(
             baselines=["popularity"],
             progress=False,
         )
-    ranks = trained.report.removed.ranks_M
+
+    def places(report: Any) -> list[int | None]:
+        return [int(rank) if math.isfinite(rank) else None for rank in report.removed.ranks_M]
+
     result = {
         "recipe": name,
         "title": recipe.title,
@@ -43,7 +46,8 @@ def run(
         "metrics": trained.metrics,
         "popularity": {metric: trained.baselines["popularity"].removed[metric] for metric in ("recall@10", "ndcg@10")},
         "train_processor_seconds": trained.metrics["training"]["train_processor_seconds"],
-        "ranks": [int(rank) if math.isfinite(rank) else None for rank in ranks],
+        "ranks": places(trained.report),
+        "popularity_ranks": places(trained.baselines["popularity"]),
     }
     half = file.with_suffix(".half")  # renamed when whole: a file that exists is a finished run
     half.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""Tables of recipes: aggregation by hand, the committed one beside its card, and a run that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from hf_genrec.errors import RecipeError
+from hf_genrec.recipes.resolver import FOLDER, resolve_recipe
+from hf_genrec.recipes.table import collect_table, read_table, render_table, run_table, table_recipes
+
+CARD = Path(__file__).parents[2] / "model_cards" / "identifiers.md"
+
+
+def write_run(folder: Path, name: str, seed: int, ranks: list[int | None], popular: list[int | None]) -> None:
+    metrics = {"dataset": "d", "protocol": "leave_one_out", "identifiers": {"collision_rate": 0.25}, "wall_seconds": {}}
+    run = {
+        "recipe": name, "title": name, "seed": seed, "metrics": metrics, "ranks": ranks, "popularity_ranks": popular,
+        "popularity": {"recall@10": 0.5, "ndcg@10": 0.25}, "train_processor_seconds": 10.0 + seed,
+    }  # fmt: skip
+    (folder / f"{name}-{seed}.json").write_text(json.dumps(run), encoding="utf-8")
+
+
+def test_means_and_differences_by_hand(tmp_path) -> None:
+    popular = [1, None, None, None]
+    write_run(tmp_path, "tiger_packed", 0, [1, 2, None, 11], popular)
+    write_run(tmp_path, "tiger_packed", 1, [1, None, None, None], popular)
+    write_run(tmp_path, "cid", 0, [1, 2, 3, None], popular)
+    write_run(tmp_path, "cid", 1, [1, 2, None, 1], popular)
+    table = collect_table("identifiers", tmp_path, ["tiger_packed", "cid", "letter"], [0, 1], 10.0)
+    cid, tiger = table["rows"]  # best first; a recipe without runs has no row
+    gain = [1.0, 1 / math.log2(3), 0.5]  # of ranks 1, 2, 3
+    assert cid["recipe"] == "cid" and tiger["recipe"] == "tiger_packed" and cid["seeds"] == 2
+    assert tiger["recall@10"]["seed_values"] == [0.5, 0.25] and tiger["recall@10"]["mean"] == 0.375
+    assert cid["ndcg@10"]["mean"] == pytest.approx((2 * gain[0] + gain[1] + gain[2] + gain[0] + gain[1]) / 8, abs=1e-4)
+    difference = cid["difference_to_reference"]["recall@10"]["difference"]
+    assert difference == pytest.approx(0.75 - 0.375) and "difference_to_reference" not in tiger
+    assert tiger["difference_to_popularity"]["recall@10"]["difference"] == pytest.approx(0.375 - 0.25)
+    assert tiger["train_seconds"] == 10.5 and tiger["collision_rate"] == 0.25
+    text = render_table(table)
+    assert text.index("`cid`") < text.index("`tiger_packed`") and "0.5000 / 0.2500" in text
+
+
+def test_unknown_tables_and_recipes_are_named(tmp_path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'identifiers'"):
+        table_recipes("identifier")
+    with pytest.raises(RecipeError, match="did you mean 'letter'"):
+        run_table("identifiers", "x.csv", tmp_path, recipes=["lettre"])
+
+
+@pytest.mark.skipif(not (FOLDER / "table.identifiers.json").is_file(), reason="no table was committed")
+def test_the_committed_table_its_card_and_the_status_of_recipes_agree() -> None:
+    table = read_table("identifiers")
+    assert render_table(table).strip() in CARD.read_text(encoding="utf-8")
+    for row in table["rows"]:
+        clearly_above = row["difference_to_popularity"]["ndcg@10"]["low"] > 0
+        status = resolve_recipe(row["recipe"]).status
+        assert row["seeds"] == 3 and (status != "works" or clearly_above), (row["recipe"], status)
+
+
+@pytest.mark.slow
+def test_a_table_is_run_and_goes_on_where_it_stopped(tmp_path) -> None:
+    rows = ["user_id,item_id,timestamp"]
+    rows += [f"u{user},i{(user + step) % 15:02d},{1000 * user + step}" for user in range(20) for step in range(8)]
+    (tmp_path / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    options = {"recipes": ["sasrec"], "seeds": [0, 1], "train_seconds": 2.0, "processes": 2, "progress": False}
+    table = run_table("identifiers", str(tmp_path / "log.csv"), tmp_path / "out", **options)
+    assert [row["recipe"] for row in table["rows"]] == ["sasrec"] and table["rows"][0]["seeds"] == 2
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("sasrec-*.json")}
+    (tmp_path / "out" / "sasrec-1.json").unlink()
+    again = run_table("identifiers", str(tmp_path / "log.csv"), tmp_path / "out", **options)
+    assert (tmp_path / "out" / "sasrec-0.json").stat().st_mtime_ns == times["sasrec-0.json"]  # a finished run is kept
+    assert again["rows"][0]["seeds"] == 2
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == json.loads(json.dumps(again))
