@@ -316,6 +316,9 @@ def _check_recipe(where: str, content: dict[str, Any]) -> None:
     for name in content["model"].get("features", []):
         _choice("model.features", name, content.get("features") or {})
     training = content.get("training") or {}
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if training.get(name) is False:  # an unquoted no is false to YAML
+            training[name] = "no"
     _check("training", training, training_options())
     _check_method(where, content["model"]["type"], model, training)
     _check_losses(where, identifiers, quantizer, content.get("features") or {})

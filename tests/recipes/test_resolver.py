@@ -105,3 +105,7 @@ def test_searches_are_checked() -> None:
         resolve_recipe("tandem", {"decoding": "sample", "generation.decoding_options": {"sede": 1}})
     with pytest.raises(IncompatibleComponentsError, match="needs a model with score_digits, which TigerFor"):
         resolve_recipe("tiger", {"decoding": "parallel"})
+
+
+def test_an_unquoted_no_is_a_strategy() -> None:
+    assert resolve_recipe("sasrec", {"eval_strategy": False}).training["eval_strategy"] == "no"

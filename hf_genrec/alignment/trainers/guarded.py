@@ -10,6 +10,7 @@ later one is the best. Put it before the trainer it guards: `class MyTrainer(Gua
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,33 @@ from .callbacks import (
 from .checkpoints import AtomicCheckpointTrainer
 
 _ACCELERATOR_CHECK_STEPS = 16
+
+
+@dataclass
+class GuardOptions:
+    """Fields that a guarded run adds to the arguments of a TRL trainer: put it before TRL's class among the bases."""
+
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Early stopping and time budget go on where they were."}
+    )
+    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    max_train_seconds: float | None = field(
+        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
+    )
+    train_clock: str = field(
+        default="wall", metadata={"help": "What max_train_seconds counts.", "choices": ["wall", "cpu"]}
+    )
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.bf16 is None:  # TRL would turn it on everywhere, where a CPU only loses digits
+            cuda = torch.cuda.is_available() and not args.use_cpu
+            args.bf16 = cuda and not args.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()  # type: ignore[misc]
+        check_guard_options(self)
 
 
 def guard_callbacks(args: Any) -> list[TrainerCallback]:
@@ -71,6 +99,7 @@ class GuardedTrainer(AtomicCheckpointTrainer):
 
     args: Any
     _first_bad_step: torch.Tensor | None = None
+    _further_fix = ""  # of a loss that is not finite
 
     def _finish_guards(self) -> None:
         """Call it at the end of `__init__`: a bar whose end may move."""
@@ -119,7 +148,7 @@ class GuardedTrainer(AtomicCheckpointTrainer):
             f"the loss is {value} at step {step} (epoch {self.state.epoch or 0:.2f}), training stops. Checkpoints in "
             f"{args.output_dir} are from before. Likely fixes: a lower learning_rate (now {args.learning_rate:g}), more "
             f"warmup_steps (now {args.warmup_steps:g}), max_grad_norm 1.0 (now {args.max_grad_norm:g}), bf16 in place of "
-            "fp16."
+            f"fp16{self._further_fix}."
         )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

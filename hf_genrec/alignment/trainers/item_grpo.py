@@ -44,7 +44,7 @@ from hf_genrec.generation.decoding.kernel import child_log_probs
 from hf_genrec.generation.trie import ItemTrie
 
 from .adapter_reference import whole_reference_adapter
-from .guarded import GuardedTrainer, check_guard_options, guard_callbacks
+from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .preference_loss import check_same_vocabulary
 
 LOGPROBS = ("full", "level", "legal")
@@ -55,7 +55,7 @@ _NEUTRAL = {
 
 
 @dataclass
-class ItemGRPOConfig(GRPOConfig):
+class ItemGRPOConfig(GuardOptions, GRPOConfig):
     """GRPOConfig with MiniOneRec's values and the options of constrained rollouts.
 
     Raises:
@@ -80,26 +80,9 @@ class ItemGRPOConfig(GRPOConfig):
     logprobs: str = field(
         default="full", metadata={"help": "Softmax of the loss: full, level or legal.", "choices": list(LOGPROBS)}
     )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Early stopping and time budget go on where they were."}
-    )
-    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    max_train_seconds: float | None = field(
-        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
-    )
-    train_clock: str = field(
-        default="wall", metadata={"help": "What max_train_seconds counts.", "choices": ["wall", "cpu"]}
-    )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:  # TRL would turn it on everywhere, where a CPU only loses digits
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
-        check_guard_options(self)
         if self.rollouts not in STRATEGIES or self.logprobs not in LOGPROBS:
             raise TrainingError(
                 f"rollouts={self.rollouts!r}, logprobs={self.logprobs!r}: choose of {STRATEGIES} and of {LOGPROBS}."

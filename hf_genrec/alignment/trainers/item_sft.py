@@ -45,7 +45,7 @@ from hf_genrec.generation.requests import check_fingerprint
 from hf_genrec.generation.scorers import scorer_for
 from hf_genrec.generation.trie import ItemTrie
 
-from .guarded import GuardedTrainer, check_guard_options, guard_callbacks
+from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .item_head import ITEM_HEADS, add_item_head, has_plain_head
 from .item_rows import PADDING_SIDES, EpochOrder, ItemRowCollator, check_length, is_row_source, row_lengths
 from .ranking import PromptRankingCollator, RankingDataset, ranking_metrics, ranks_from_items
@@ -53,7 +53,7 @@ from .sampling import LengthBucketSampler
 
 
 @dataclass
-class ItemSFTConfig(SFTConfig):
+class ItemSFTConfig(GuardOptions, SFTConfig):
     """SFTConfig with the options of ItemSFTTrainer. bf16 only where a GPU has it, no gradient checkpointing unless asked.
 
     Raises:
@@ -67,9 +67,6 @@ class ItemSFTConfig(SFTConfig):
     )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length: batches of similar length; or random."}
-    )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Early stopping and time budget go on where they were."}
     )
     item_head: str = field(
         default="full",
@@ -88,26 +85,12 @@ class ItemSFTConfig(SFTConfig):
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the validation search (at least max eval_ks)."})
     eval_exclude_seen: bool = field(default=True, metadata={"help": "Rank without the items of the user's history."})
     eval_users: int | None = field(default=None, metadata={"help": "Rank a fixed random part of the users; None: all."})
-    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    max_train_seconds: float | None = field(
-        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
-    )
-    train_clock: str = field(
-        default="wall", metadata={"help": "What max_train_seconds counts.", "choices": ["wall", "cpu"]}
-    )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         self.logging_nan_inf_filter = False  # such a loss stops the run
         self.remove_unused_columns = False  # the collators name what they need
         self.metric_was_given = self.metric_for_best_model is not None
         super().__post_init__()
-        check_guard_options(self)
         if self.item_head not in ITEM_HEADS:
             raise TrainingError(f"item_head is {self.item_head!r}: choose one of {', '.join(ITEM_HEADS)}.")
         if self.padding_side not in PADDING_SIDES:

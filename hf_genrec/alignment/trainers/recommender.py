@@ -19,7 +19,6 @@ With several processes checkpoints are written the ordinary way (not atomic), an
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,9 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalPrediction, SchedulerType
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalPrediction
 
 from hf_genrec.data.collators import (
     PackedPrefixCollator,
@@ -48,23 +46,15 @@ from hf_genrec.generation.trie import ItemTrie
 
 from .arguments import RecommenderTrainingArguments
 from .averaging import WeightAverage
-from .callbacks import (
-    EpochCallback,
-    MovingProgressCallback,
-    SparseEvaluationCallback,
-    TimeBudgetCallback,
-    movable_scheduler,
-)
-from .checkpoints import AtomicCheckpointTrainer, checkpoints
+from .checkpoints import checkpoints
+from .guarded import GuardedTrainer, guard_callbacks
 from .ranking import RankingCollator, RankingDataset, ranking_metrics, ranks_from_items
 from .sampling import LengthBucketSampler
 
 logger = logging.getLogger(__name__)
 
-_ACCELERATOR_CHECK_STEPS = 16
 
-
-class RecommenderTrainer(AtomicCheckpointTrainer):
+class RecommenderTrainer(GuardedTrainer):
     """Trainer for models with `RecommendationMixin` (TIGER, SASRec, RQ-Transformer).
 
     Args:
@@ -84,6 +74,8 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
     Raises:
         IncompatibleComponentsError: No tokenizer, or a model that cannot rank, with an evaluation set.
     """
+
+    _further_fix = ", and item features without NaN"
 
     def __init__(
         self,
@@ -109,14 +101,8 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
                     "eval_dataset."
                 )
         self._average: WeightAverage | None = None
-        self._first_bad_step: torch.Tensor | None = None
         self._user_ids = user_ids
         self._trie: ItemTrie | None = None
-        ours: list[TrainerCallback] = [EpochCallback(), SparseEvaluationCallback(args.eval_epochs)]
-        if args.early_stopping_patience is not None:
-            ours.append(EarlyStoppingCallback(args.early_stopping_patience))
-        if args.max_train_seconds is not None:
-            ours.append(TimeBudgetCallback(args.max_train_seconds, args.train_clock))
         super().__init__(
             model=model,
             args=args,
@@ -125,13 +111,12 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
             eval_dataset=_as_dataset(eval_dataset, args),
             processing_class=processing_class,
             compute_metrics=compute_metrics or self._ranking_metrics,
-            callbacks=[*ours, *(callbacks or [])],
+            callbacks=[*guard_callbacks(args), *(callbacks or [])],
             **kwargs,
         )
         # every label of ours is a target: see the module docstring
         self._loss_shifts_labels = False
-        if args.max_train_seconds is not None and self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(MovingProgressCallback())
+        self._finish_guards()
 
     # ---------------------------------------------------------------------------------------------------------- data
 
@@ -198,7 +183,6 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
         return ranking_metrics(np.asarray(prediction.predictions), self.args.eval_ks)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._stop_if_not_finite()
         with self._average.applied() if self.is_in_train and self._average is not None else nullcontext():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -215,77 +199,15 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
         """
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise TrainingError("the training set is empty: lower min_user / min_item of load_data, or give more data.")
-        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
-        self._first_bad_step = None
         if self.args.ema_decay is not None:
             self._average = WeightAverage(self.model, self.args.ema_decay)
-        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._average is not None:
             best_was_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
             if not best_was_loaded:  # a loaded checkpoint holds averaged weights already
                 self._average.swap()
             self._average = None
         return result
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Of equally good states the later one is the best: its learning rate is further down."""
-        before, best_step = self.state.best_metric, self.state.best_global_step
-        if super()._determine_best_metric(metrics, trial):
-            return True
-        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
-        if best_step is None or metrics.get(name) != before:
-            return False
-        self.state.best_global_step = self.state.global_step
-        return True
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._watch(loss)
-        return loss
-
-    def _watch(self, loss: torch.Tensor) -> None:
-        """Stop at a loss that is not finite: at once on CPU, within a few steps (but before any save) elsewhere."""
-        if loss.device.type != "cpu":
-            self._watch_without_waiting(loss)
-        elif not math.isfinite(value := loss.item()):
-            self._raise_not_finite(self.state.global_step + 1, value)
-
-    def _watch_without_waiting(self, loss: torch.Tensor) -> None:
-        """Note the first bad step on the device; it is read now and then, not at every step."""
-        step = self.state.global_step + 1
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
-        bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
-        self._first_bad_step = torch.where(bad, step, self._first_bad_step)
-        if step % _ACCELERATOR_CHECK_STEPS == 0:
-            self._stop_if_not_finite()
-
-    def _stop_if_not_finite(self) -> None:
-        if self._first_bad_step is not None and (step := int(self._first_bad_step.item())) >= 0:
-            self._raise_not_finite(step, math.nan)
-
-    def _raise_not_finite(self, step: int, value: float) -> None:
-        args = self.args
-        raise TrainingError(
-            f"the loss is {value} at step {step} (epoch {self.state.epoch or 0:.2f}), training stops. Checkpoints in "
-            f"{args.output_dir} are from before. Likely fixes: a lower learning_rate (now {args.learning_rate:g}), "
-            f"more warmup_steps (now {args.warmup_steps:g}), max_grad_norm 1.0 (now {args.max_grad_norm:g}), bf16 in "
-            "place of fp16, and item features without NaN."
-        )
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._stop_if_not_finite()
-        super()._save_checkpoint(model, trial)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.args.max_train_seconds is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        shape = SchedulerType(self.args.lr_scheduler_type).value
-        target: Any = optimizer or self.optimizer
-        self.lr_scheduler = movable_scheduler(target, shape, warmup, num_training_steps)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -294,11 +216,6 @@ class RecommenderTrainer(AtomicCheckpointTrainer):
         ):
             self.add_callback(_AverageCallback(self))
         return optimizer
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: counting walks over all parameters at every step, a noticeable share of a small model's step."""
-        return 0
-
 
 def _trains_on_prefixes(model: Any) -> bool:
     """One (history, target) pair per sample, or windows of which every item is a target?"""

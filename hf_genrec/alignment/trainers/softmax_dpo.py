@@ -41,7 +41,7 @@ from hf_genrec.alignment.preference_rows import ID_COLUMNS, as_answers, check_an
 from hf_genrec.errors import TrainingError
 
 from .adapter_reference import whole_reference_adapter
-from .guarded import GuardedTrainer, check_guard_options, guard_callbacks
+from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -58,7 +58,7 @@ _PAIR_OPTIONS = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "label_smo
 
 
 @dataclass
-class SoftmaxDPOConfig(DPOConfig):
+class SoftmaxDPOConfig(GuardOptions, DPOConfig):
     """DPOConfig with the values of S-DPO. Options of DPOConfig that are defined for pairs only are refused.
 
     Raises:
@@ -67,26 +67,9 @@ class SoftmaxDPOConfig(DPOConfig):
 
     beta: float = field(default=1.0, metadata={"help": "Pull towards the reference; the paper's script uses 1."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Early stopping and time budget go on where they were."}
-    )
-    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    max_train_seconds: float | None = field(
-        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
-    )
-    train_clock: str = field(
-        default="wall", metadata={"help": "What max_train_seconds counts.", "choices": ["wall", "cpu"]}
-    )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:  # TRL would turn it on everywhere, where a CPU only loses digits
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
-        check_guard_options(self)
         check_beta(self.beta)
         if "sigmoid" not in self.loss_type or not set(self.loss_type) <= set(_LOSSES):
             raise TrainingError(

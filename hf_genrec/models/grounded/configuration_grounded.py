@@ -4,10 +4,10 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_genrec.errors import IncompatibleComponentsError
-from hf_genrec.models.catalogue import catalogue_values
+from hf_genrec.models.language_parts import LanguagePartsConfig, words_values
 from hf_genrec.models.lora import checked_lora
 
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}  # the authors'
@@ -15,7 +15,7 @@ PRIORS = ("popularity", "assistant")
 
 
 @strict
-class GroundedLanguageConfig(PreTrainedConfig):
+class GroundedLanguageConfig(LanguagePartsConfig, PreTrainedConfig):
     """Sizes and switches of [`GroundedLanguageRecommender`].
 
     Args:
@@ -79,13 +79,7 @@ class GroundedLanguageConfig(PreTrainedConfig):
         if self.lora is not None:
             self.lora = checked_lora(LORA | self.lora)
         super().__post_init__(**kwargs)
-        for name in ("language_model", "assistant"):
-            values = getattr(self, name)
-            if values is not None and values.get("model_type") not in CONFIG_MAPPING:
-                raise IncompatibleComponentsError(
-                    f"{name}.model_type is {values.get('model_type')!r}, which transformers does not know; name a model "
-                    "type such as 'llama', 'qwen3' or 'gpt2' ('sasrec' for the assistant)."
-                )
+        self.check_parts()
         if self.prompt_after and not self.prefix_training:
             raise IncompatibleComponentsError(
                 "prompt_after stands behind a whole history, so a row has one target: set prefix_training to true, or leave "
@@ -101,31 +95,6 @@ class GroundedLanguageConfig(PreTrainedConfig):
                 f"{self.max_new_tokens}, {self.text_beams}."
             )
 
-    def language_config(self) -> PreTrainedConfig:
-        """Of the language model, with this vocabulary."""
-        values = dict(self.language_model or {})
-        tokens = {
-            "vocab_size": self.vocab_size,
-            "pad_token_id": self.pad_token_id,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
-        }
-        return AutoConfig.for_model(values.pop("model_type"), **(values | tokens))
-
-    def assistant_config(self) -> PreTrainedConfig | None:
-        """Of the assistant: one token per item behind its four special tokens."""
-        if self.assistant is None:
-            return None
-        values = dict(self.assistant)
-        return AutoConfig.for_model(
-            values.pop("model_type"), **({"codebook_sizes": [self.num_items], "level_offsets": [4]} | values)
-        )
-
-    @property
-    def num_levels(self) -> int:
-        """Tokens of the longest item text, its end token included."""
-        return len(self.codebook_sizes)
-
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **kwargs: Any) -> "GroundedLanguageConfig":
         """Sizes, special tokens and fingerprint of an `ItemWordsTokenizer`; other fields as keyword arguments.
@@ -133,13 +102,5 @@ class GroundedLanguageConfig(PreTrainedConfig):
         Raises:
             IncompatibleComponentsError: a tokenizer whose items are not named by words.
         """
-        if not hasattr(tokenizer, "item_end_token_id"):
-            raise IncompatibleComponentsError(
-                f"{type(tokenizer).__name__} does not name items by words; make one with ItemWordsTokenizer.from_texts."
-            )
-        values = catalogue_values(tokenizer) | {
-            "num_items": tokenizer.num_items,
-            "item_end_token_id": tokenizer.item_end_token_id,
-            "max_new_tokens": tokenizer.num_levels,
-        }
+        values = words_values(tokenizer) | {"max_new_tokens": tokenizer.num_levels}
         return cls(**(values | kwargs))

@@ -32,7 +32,7 @@ from transformers import initialization as init
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_genrec.errors import IncompatibleComponentsError, RequestError
+from hf_genrec.errors import RequestError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.decoding.beam_cache import BeamCache
 from hf_genrec.generation.decoding.causal_head import is_plain_linear
@@ -41,6 +41,7 @@ from hf_genrec.generation.grounding import GAMMA_GRID, GammaChoice
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.generation.search import evaluating
 from hf_genrec.identifiers.segments import encode_segments
+from hf_genrec.models.language_parts import ItemTextsMixin
 from hf_genrec.models.lora import AdaptedLanguageModel, language_model_values
 
 from .configuration_grounded import LORA, GroundedLanguageConfig
@@ -68,7 +69,9 @@ class GroundedState:
         return self.model.embed_texts(self.model.write_texts(self.ids_BT, self.mask_BT))
 
 
-class GroundedLanguageRecommender(GroundedItems, AdaptedLanguageModel, RecommendationMixin, PreTrainedModel):
+class GroundedLanguageRecommender(
+    GroundedItems, AdaptedLanguageModel, ItemTextsMixin, RecommendationMixin, PreTrainedModel
+):
     """Writes a title and ranks all items by their distance to it. `language_model` is the causal LM itself."""
 
     config_class = GroundedLanguageConfig  # not an annotation: see the other models
@@ -155,33 +158,6 @@ class GroundedLanguageRecommender(GroundedItems, AdaptedLanguageModel, Recommend
             model.add_lora({} if lora is True else lora)
         model.set_catalogue(tokenizer.codes)
         return model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def set_catalogue(self, item_codes: Any, item_features: Any | None = None) -> None:
-        """Store the token ids (N, L) that name each item, -1 behind the end of shorter ones.
-
-        Raises:
-            IncompatibleComponentsError: when the shape differs from the configuration.
-        """
-        codes = torch.tensor(np.asarray(item_codes))
-        if codes.shape != self.item_tokens.shape:
-            raise IncompatibleComponentsError(
-                f"set_catalogue: item_codes has shape {tuple(codes.shape)}, the configuration says "
-                f"{tuple(self.item_tokens.shape)}; build the configuration with from_tokenizer of the same catalogue."
-            )
-        self.item_tokens.copy_(codes)
-        self.forget_catalogue()
 
     def prepare_training(self, train_counts_N: Any) -> list[TrainerCallback]:
         """Called by `train_recommender`: how often each item occurs, the prior "popularity"."""

@@ -4,14 +4,13 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from hf_genrec.errors import IncompatibleComponentsError
-from hf_genrec.models.catalogue import catalogue_values
+from hf_genrec.models.language_parts import LanguagePartsConfig, words_values
 
 
 @strict
-class LanguageRecommenderConfig(PreTrainedConfig):
+class LanguageRecommenderConfig(LanguagePartsConfig, PreTrainedConfig):
     """Two stock models in one: the language model, and an assistant that knows items and no words.
 
     Args:
@@ -57,38 +56,8 @@ class LanguageRecommenderConfig(PreTrainedConfig):
         self.codebook_sizes = [int(size) for size in self.codebook_sizes]
         self.level_offsets = [int(offset) for offset in self.level_offsets]
         self.language_model = {"model_type": "llama", **(self.language_model or {})}
-        for name in ("language_model", "assistant"):
-            values = getattr(self, name)
-            if values is not None and values.get("model_type") not in CONFIG_MAPPING:
-                raise IncompatibleComponentsError(
-                    f"{name}.model_type is {values.get('model_type')!r}, which transformers does not know; name a "
-                    "model type such as 'llama', 'qwen3' or 'gpt2' ('sasrec' for the assistant)."
-                )
+        self.check_parts()
         super().__post_init__(**kwargs)
-
-    def language_config(self) -> PreTrainedConfig:
-        """Of the language model, with this vocabulary."""
-        values = dict(self.language_model or {})
-        tokens = {
-            "vocab_size": self.vocab_size,
-            "pad_token_id": self.pad_token_id,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
-        }
-        return AutoConfig.for_model(values.pop("model_type"), **(values | tokens))
-
-    def assistant_config(self) -> PreTrainedConfig | None:
-        """Of the assistant: one token per item behind its four special tokens."""
-        if self.assistant is None:
-            return None
-        values = dict(self.assistant)
-        return AutoConfig.for_model(
-            values.pop("model_type"), **({"codebook_sizes": [self.num_items], "level_offsets": [4]} | values)
-        )
-
-    @property
-    def num_levels(self) -> int:
-        return len(self.codebook_sizes)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **kwargs: Any) -> "LanguageRecommenderConfig":
@@ -97,12 +66,4 @@ class LanguageRecommenderConfig(PreTrainedConfig):
         Raises:
             IncompatibleComponentsError: a tokenizer whose items are not named by words.
         """
-        if not hasattr(tokenizer, "item_end_token_id"):
-            raise IncompatibleComponentsError(
-                f"{type(tokenizer).__name__} does not name items by words; make one with ItemWordsTokenizer.from_texts."
-            )
-        values = catalogue_values(tokenizer) | {
-            "num_items": tokenizer.num_items,
-            "item_end_token_id": tokenizer.item_end_token_id,
-        }
-        return cls(**(values | kwargs))
+        return cls(**(words_values(tokenizer) | kwargs))

@@ -33,6 +33,7 @@ from hf_genrec.generation.decoding.causal_head import is_plain_linear
 from hf_genrec.generation.decoding.causal_lm import CausalLMScorer
 from hf_genrec.generation.fm_index import FMIndex
 from hf_genrec.generation.recommend import RecommendationMixin
+from hf_genrec.models.language_parts import ItemTextsMixin
 
 from .configuration_language import LanguageRecommenderConfig
 
@@ -48,7 +49,7 @@ class LanguageState:
     rows_BS: Tensor
 
 
-class LanguageRecommenderForCausalLM(RecommendationMixin, PreTrainedModel, GenerationMixin):
+class LanguageRecommenderForCausalLM(ItemTextsMixin, RecommendationMixin, PreTrainedModel, GenerationMixin):
     """Writes items. `language_model` is the causal LM itself and can be saved and served alone."""
 
     config_class = LanguageRecommenderConfig  # not an annotation: see the other models
@@ -88,31 +89,8 @@ class LanguageRecommenderForCausalLM(RecommendationMixin, PreTrainedModel, Gener
                 part._init_weights(module)
                 return
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def set_catalogue(self, item_codes: Any, item_features: Any | None = None) -> None:
-        """Store the token ids (N, L) that name each item, -1 behind the end of shorter ones.
-
-        Raises:
-            IncompatibleComponentsError: when the shape differs from the configuration.
-        """
-        codes = torch.tensor(np.asarray(item_codes))
-        if codes.shape != self.item_tokens.shape:
-            raise IncompatibleComponentsError(
-                f"set_catalogue: item_codes has shape {tuple(codes.shape)}, the configuration says "
-                f"{tuple(self.item_tokens.shape)}; build the configuration with from_tokenizer of the same catalogue."
-            )
-        self.item_tokens.copy_(codes)
+    def forget_catalogue(self) -> None:
+        """Hashes and indexes are made anew when they are asked for."""
         self._hashes = None
         self._indexes.clear()
 

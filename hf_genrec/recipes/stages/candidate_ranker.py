@@ -15,7 +15,7 @@ from hf_genrec.alignment.tasks.families import TaskData
 from hf_genrec.alignment.trainers.candidate_stages import RANKER_METHODS
 from hf_genrec.errors import ItemTableError, RecipeError
 from hf_genrec.models.candidate_ranker.modeling_candidate_ranker import CandidateRankerForCausalLM
-from hf_genrec.recipes.stages.causal_lm import CausalLMOptions, language_model_and_tokenizer
+from hf_genrec.recipes.stages.causal_lm import CausalLMOptions, language_model_and_tokenizer, options_of
 from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
 
 
@@ -52,10 +52,7 @@ class CandidateRanker:
 
 
 def _options(recipe: Any) -> CandidateRankerOptions:
-    options = CandidateRankerOptions()
-    for name, value in recipe.model.items():
-        if name != "type":
-            setattr(options, name, value)
+    options: CandidateRankerOptions = options_of(recipe, CandidateRankerOptions)
     if options.system not in RANKER_METHODS:
         raise RecipeError(f"model.system: {options.system!r}: choose one of {', '.join(RANKER_METHODS)}.")
     return options

@@ -67,9 +67,9 @@ class CausalLM:
     decoder_class = CausalLMScorer
 
 
-def options_of(recipe: Any) -> CausalLMOptions:
-    """The recipe's model options, defaults filled in."""
-    options = CausalLMOptions()
+def options_of(recipe: Any, kind: Any = CausalLMOptions) -> Any:
+    """The recipe's model options, with the defaults of `kind` filled in."""
+    options = kind()
     for name, value in recipe.model.items():
         if name != "type":
             setattr(options, name, value)
