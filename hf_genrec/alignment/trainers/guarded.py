@@ -126,11 +126,14 @@ class GuardedTrainer(AtomicCheckpointTrainer):
 
     def _watch(self, loss: torch.Tensor) -> None:
         """Stop at a loss that is not finite: at once on CPU, within a few steps (but before any save) elsewhere."""
+        if loss.device.type != "cpu":
+            self._watch_without_waiting(loss)
+        elif not math.isfinite(value := loss.item()):
+            self._raise_not_finite(self.state.global_step + 1, value)
+
+    def _watch_without_waiting(self, loss: torch.Tensor) -> None:
+        """Note the first bad step on the device; it is read now and then, not at every step."""
         step = self.state.global_step + 1
-        if loss.device.type == "cpu":
-            if not math.isfinite(value := loss.item()):
-                self._raise_not_finite(step, value)
-            return
         if self._first_bad_step is None:
             self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
         bad = ~torch.isfinite(loss) & (self._first_bad_step < 0)
