@@ -217,6 +217,7 @@ class RecommenderTrainer(GuardedTrainer):
             self.add_callback(_AverageCallback(self))
         return optimizer
 
+
 def _trains_on_prefixes(model: Any) -> bool:
     """One (history, target) pair per sample, or windows of which every item is a target?"""
     config = model.config
