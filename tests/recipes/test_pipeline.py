@@ -158,7 +158,7 @@ _OTHERS = {
         "model.d_model": 32,
         "model.dropout_rate": 0.0,
         "max_history": 12,
-        "num_train_epochs": 60,
+        "num_train_epochs": 100,
         "per_device_train_batch_size": 4,
         "ema_decay": None,
     },
