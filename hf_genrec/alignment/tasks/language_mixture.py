@@ -37,6 +37,7 @@ from .language_families import (
     usable_wordings,
 )
 from .language_rows import LanguageEncoder, LanguageRow, Segment
+from .mixture import mixture_counts
 from .templates import FAMILIES, TEMPLATES
 from .templates_language import LANGUAGE_FAMILIES, SERVING_WORDING, Wording, language_wordings
 
@@ -215,13 +216,8 @@ class LanguageMixtureDataset(Dataset):
     """
 
     def __init__(self, families: Mapping[str, RowFamily], weights: Mapping[str, float], seed: int = 0) -> None:
-        if not families or set(families) != set(weights) or min(weights.values()) <= 0:
-            raise TrainingError(
-                f"language mixture: families {sorted(families)} and weights {dict(weights)} must name the same families, "
-                "each with a positive weight."
-            )
         self.families, self.weights, self.seed = dict(families), dict(weights), int(seed)
-        self.counts = {name: max(1, round(weights[name] * len(rows))) for name, rows in self.families.items()}
+        self.counts = mixture_counts("language mixture", self.families, self.weights)
         self.names = list(self.families)
         self.epoch = -1
         self.set_epoch(0)

@@ -177,6 +177,20 @@ def serving_prompt(encoder: ExampleEncoder) -> list[int]:
     return encoder.encode(prompt_segments(SERVING))
 
 
+def mixture_counts(what: str, families: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, int]:
+    """How many samples an epoch has of each family, at least one.
+
+    Raises:
+        TrainingError: no family, a weight that is not positive, or one without its family.
+    """
+    if not families or set(families) != set(weights) or min(weights.values()) <= 0:
+        raise TrainingError(
+            f"{what}: families {sorted(families)} and weights {dict(weights)} must name the same families, each with a "
+            "positive weight."
+        )
+    return {name: max(1, round(weights[name] * len(rows))) for name, rows in families.items()}
+
+
 class TaskMixtureDataset(Dataset):
     """Samples of several families; how many of which follows from the weights, which ones from (seed, epoch).
 
@@ -194,13 +208,8 @@ class TaskMixtureDataset(Dataset):
     """
 
     def __init__(self, families: Mapping[str, RowSource], weights: Mapping[str, float], seed: int = 0) -> None:
-        if not families or set(families) != set(weights) or min(weights.values()) <= 0:
-            raise TrainingError(
-                f"task mixture: families {sorted(families)} and weights {dict(weights)} must name the same families, each "
-                "with a positive weight."
-            )
         self.families, self.weights, self.seed = dict(families), dict(weights), int(seed)
-        self.counts = {name: max(1, round(weights[name] * len(rows))) for name, rows in self.families.items()}
+        self.counts = mixture_counts("task mixture", self.families, self.weights)
         self.epoch = -1
         self.set_epoch(0)
 

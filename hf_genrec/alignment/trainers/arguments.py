@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from hf_genrec.errors import TrainingError
 
-from .callbacks import SCHEDULE_SHAPES
+from .callbacks import check_guard_options
 
 
 @dataclass
@@ -90,8 +90,6 @@ class RecommenderTrainingArguments(TrainingArguments):
             "max_history",
             "eval_num_beams",
             "eval_users",
-            "eval_epochs",
-            "early_stopping_patience",
             "samples_per_epoch",
         )
         for name in positive:
@@ -105,8 +103,7 @@ class RecommenderTrainingArguments(TrainingArguments):
             raise TrainingError(
                 f"metric_for_best_model is {metric}, but eval_ks is {self.eval_ks}: add its K to eval_ks."
             )
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise TrainingError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps.")
+        check_guard_options(self)
         if self.label_smoothing_factor:
             raise TrainingError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}: Trainer would smooth over the whole "
@@ -114,16 +111,6 @@ class RecommenderTrainingArguments(TrainingArguments):
             )
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise TrainingError(f"ema_decay is {self.ema_decay}: it must be in [0, 1), such as 0.995.")
-        if self.train_clock not in ("wall", "cpu"):
-            raise TrainingError(f"train_clock is {self.train_clock!r}: choose wall or cpu.")
-        if self.max_train_seconds is not None:
-            if self.max_train_seconds <= 0:
-                raise TrainingError(f"max_train_seconds is {self.max_train_seconds}: it must be positive.")
-            shape = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
-            if shape not in SCHEDULE_SHAPES:
-                raise TrainingError(
-                    f"lr_scheduler_type is {shape}: with max_train_seconds use one of {', '.join(SCHEDULE_SHAPES)}."
-                )
 
     @property
     def eval_top_k(self) -> int:

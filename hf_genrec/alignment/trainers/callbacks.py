@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
+from hf_genrec.errors import TrainingError
+
 logger = logging.getLogger(__name__)
 
 
@@ -196,3 +198,26 @@ class MovingProgressCallback(ProgressCallback):
         if self.training_bar is not None and self.training_bar.total != state.max_steps:
             self.training_bar.total = state.max_steps
         super().on_step_end(args, state, control, **kwargs)
+
+
+def check_guard_options(args: Any) -> None:
+    """Options that a guarded run adds to its arguments.
+
+    Raises:
+        TrainingError: a value out of range, or options that contradict each other (fields named).
+    """
+    for name in ("eval_epochs", "early_stopping_patience"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise TrainingError(f"{name} is {getattr(args, name)}: it must be at least 1.")
+    if args.early_stopping_patience is not None and str(getattr(args.eval_strategy, "value", "")) == "no":
+        raise TrainingError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps.")
+    if args.train_clock not in ("wall", "cpu"):
+        raise TrainingError(f"train_clock is {args.train_clock!r}: choose wall or cpu.")
+    if args.max_train_seconds is not None:
+        if args.max_train_seconds <= 0:
+            raise TrainingError(f"max_train_seconds is {args.max_train_seconds}: it must be positive.")
+        shape = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        if shape not in SCHEDULE_SHAPES:
+            raise TrainingError(
+                f"lr_scheduler_type is {shape}: with max_train_seconds use one of {', '.join(SCHEDULE_SHAPES)}."
+            )

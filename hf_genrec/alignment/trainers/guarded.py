@@ -22,11 +22,11 @@ from transformers.trainer_utils import SchedulerType
 from hf_genrec.errors import TrainingError
 
 from .callbacks import (
-    SCHEDULE_SHAPES,
     EpochCallback,
     MovingProgressCallback,
     SparseEvaluationCallback,
     TimeBudgetCallback,
+    check_guard_options,
     movable_scheduler,
 )
 from .checkpoints import AtomicCheckpointTrainer
@@ -69,29 +69,6 @@ def guard_callbacks(args: Any) -> list[TrainerCallback]:
     if args.max_train_seconds is not None:
         callbacks.append(TimeBudgetCallback(args.max_train_seconds, args.train_clock))
     return callbacks
-
-
-def check_guard_options(args: Any) -> None:
-    """Options that a guarded run adds to its arguments.
-
-    Raises:
-        TrainingError: a value out of range, or options that contradict each other (fields named).
-    """
-    for name in ("eval_epochs", "early_stopping_patience"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise TrainingError(f"{name} is {getattr(args, name)}: it must be at least 1.")
-    if args.early_stopping_patience is not None and str(getattr(args.eval_strategy, "value", "")) == "no":
-        raise TrainingError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps.")
-    if args.train_clock not in ("wall", "cpu"):
-        raise TrainingError(f"train_clock is {args.train_clock!r}: choose wall or cpu.")
-    if args.max_train_seconds is not None:
-        if args.max_train_seconds <= 0:
-            raise TrainingError(f"max_train_seconds is {args.max_train_seconds}: it must be positive.")
-        shape = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-        if shape not in SCHEDULE_SHAPES:
-            raise TrainingError(
-                f"lr_scheduler_type is {shape}: with max_train_seconds use one of {', '.join(SCHEDULE_SHAPES)}."
-            )
 
 
 class GuardedTrainer(AtomicCheckpointTrainer):

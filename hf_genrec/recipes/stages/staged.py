@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_genrec.evaluation.bucket_comparison import compare_buckets
 from hf_genrec.evaluation.evaluator import evaluate, training_counts
 from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
+from hf_genrec.recipes.stages.preference import part_of_rows
 
 logger = logging.getLogger(__name__)
 KEYS = {"method": str, "options": dict, "training": dict}
@@ -107,8 +109,6 @@ def _ranked(job: TrainingJob, model: Any, tokenizer: Any, name: str) -> Any:
         return None
     validation = split.validation
     if job.args.eval_users is not None and job.args.eval_users < len(validation.targets):
-        from hf_genrec.recipes.stages.preference import part_of_rows
-
         validation = part_of_rows(validation, job.args.eval_users, 0)
     return evaluate(
         ModelRecommender(model, tokenizer),
@@ -122,8 +122,6 @@ def _ranked(job: TrainingJob, model: Any, tokenizer: Any, name: str) -> Any:
 
 
 def _store(place: Path, model: Any, tokenizer: Any, summary: dict[str, Any]) -> None:
-    import shutil
-
     with staged_folder(place / "finished") as staged:
         model.save_pretrained(staged)
         config = getattr(model, "recommendation_config", None)
