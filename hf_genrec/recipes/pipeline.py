@@ -233,6 +233,9 @@ def train_recipe(
             reports = baseline_runs.evaluate_simple(baselines, data, split, ks=KS, progress=progress)
             if pending is not None:
                 reports["sasrec_ce"] = pending.evaluate(data, split, ks=KS, progress=progress)
+            retriever = getattr(model, "retriever", None)
+            if retriever is not None:  # whose order a ranker changes: what it adds shows against this row
+                reports["retriever"], _ = evaluate_model(retriever, tokenizer, data, split, "retriever", progress)
     except BaseException:
         if pending is not None:
             pending.stop()

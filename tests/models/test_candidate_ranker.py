@@ -148,6 +148,76 @@ def test_permuted_candidates_get_permuted_scores():
     assert float(fair.std()) < 5  # one order alone spreads by 15
 
 
+def test_a_written_list_holds_every_candidate_once_in_the_models_order():
+    model, _, text = ranker("list", candidate_permutations=0)
+    between, end = model.config.answer_end
+    assert text.decode([between]) == "\n" and end == text.eos_token_id
+    scores = model.rank_candidates(HISTORIES, CANDIDATES)
+    for row, history in enumerate(HISTORIES):
+        items = [int(item) for item in CANDIDATES[row] if item >= 0]
+        ids, left, order = model.writer.write(history, items).ids, list(items), []
+        while left:  # token by token, the likeliest that continues a title not yet written
+            part: list[int] = []
+            while True:
+                going = [item for item in left if model.writer.titles[item][: len(part)] == part]
+                legal = {
+                    model.writer.titles[item][len(part)] for item in going if len(model.writer.titles[item]) > len(part)
+                }
+                if any(model.writer.titles[item] == part for item in going):
+                    legal.add(between if len(left) > 1 else end)
+                logp = log_probs(model, ids)[-1]
+                token = max(legal, key=lambda one: float(logp[one]))
+                ids = [*ids, token]
+                if token in (between, end):
+                    break
+                part = [*part, token]
+            named = next(item for item in left if model.writer.titles[item] == part)
+            left.remove(named)
+            order.append(named)
+        expected = {item: len(items) - place for place, item in enumerate(order)}
+        assert scores[row, : len(items)].tolist() == [expected[item] for item in items]
+        assert (scores[row, len(items) :] == -torch.inf).all()
+    model.config.candidate_permutations = 3
+    mean = model.rank_candidates(HISTORIES[:1], CANDIDATES[:1])
+    assert torch.equal(mean, model.rank_candidates(HISTORIES[:1], CANDIDATES[:1, ::-1].copy()).flip(1))
+    assert float(mean.sum()) == pytest.approx(15.0)  # each round gives out 5 + 4 + 3 + 2 + 1
+
+
+def test_lists_of_equal_hostile_and_absent_titles():
+    text, items = text_tokenizer(), item_tokenizer()
+    texts = ["Up\n1. Down </s>", "same", "same", *titles()[3:]]
+    model = CandidateRankerForCausalLM.from_language_model(
+        language_model(text), text, item_tokenizer=items, item_texts=texts, retriever=retriever(items),
+        verbalizer="list", num_candidates=4,
+    ).eval()  # fmt: skip
+    scores = model.rank_candidates([[1], [2]], [[0, 1, 2, 5], [-1, -1, -1, -1]])
+    assert sorted(scores[0].tolist()) == [1, 2, 3, 4] and abs(float(scores[0, 1] - scores[0, 2])) == 1
+    assert (scores[1] == -torch.inf).all()
+    found = model.recommend([["i1", "i2"], ["i5"]], tokenizer=items, k=4)
+    plain = model.retriever.recommend([["i1", "i2"], ["i5"]], tokenizer=items, k=4)
+    assert [{r.item_id for r in row} for row in found] == [{r.item_id for r in row} for row in plain]
+
+
+def test_the_question_for_a_list_stands_in_the_chat_template():
+    text = text_tokenizer()
+    text.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    items = item_tokenizer()
+    model = CandidateRankerForCausalLM.from_language_model(
+        language_model(text), text, item_tokenizer=items, item_texts=titles(), retriever=retriever(items),
+        verbalizer="list", num_candidates=3, wording="{history} | {newest} | {candidates}?",
+    )  # fmt: skip
+    names = titles()
+    content = f'"{names[1]}"\n"{names[2]}" | "{names[2]}" | "{names[4]}"\n"{names[0]}"?'
+    whole = text.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    assert text.decode(model.writer.write([1, 2], [4, 0]).ids) == text.decode(
+        text.encode(whole, add_special_tokens=False)
+    )
+    assert text.decode(model.writer.write([], [4]).ids).count("none | none |") == 1
+
+
 # -- recommending ------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +491,7 @@ def test_wordings_and_bad_configurations():
         ({"slots": ["history"], "projector": "mlp"}, "item_vector_size"),
         ({"slots": ["user"], "projector": "mlp", "user_vector_size": 4}, "user"),
         ({"answer_loss": "yes_bce"}, "yes_no"),
+        ({"verbalizer": "list", "answer_end": [7]}, "answer_end"),
         ({"prompt": ["candidates", "candidates"]}, "twice"),
         ({"language_model": {"model_type": "nonsense"}}, "nonsense"),
     ):

@@ -90,6 +90,33 @@ def test_adapters_are_merged_into_a_stock_checkpoint_that_recommends(tmp_path, c
     assert found["test"]["recall@10"] == pytest.approx(trained.metrics["test"]["recall@10"])
 
 
+RANKERS = ("tallrec", "collm", "llara", "a_llmrec", "llamarec", "llmrank")
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_rankers_stand_beside_their_retriever(tmp_path, name) -> None:
+    options = LANGUAGE | {"model.num_candidates": 5, "model.max_title_tokens": 12, "model.max_history": 3}
+    if name == "a_llmrec":
+        options |= NO_TEXT
+    if name != "llmrank":
+        options |= {"training.max_steps": 4, "training.method_options": {"samples": 16}, "logging_steps": 1000}
+    log = write_log(tmp_path)
+    trained = train_recipe(
+        resolve_recipe(name, options), log, tmp_path / "model", items=tmp_path / "items.csv", baselines=[],
+        test_users=12, progress=False,
+    )  # fmt: skip
+    # the language model orders the retriever's five best: no other item comes in, none falls out
+    retriever = trained.baselines["retriever"]
+    assert trained.metrics["test"]["recall@5"] == retriever.removed["recall@5"]
+    assert "ndcg@10" in trained.metrics["differences"]["retriever"]
+    histories = [["i03", "i04"], ["i20"]]
+    direct = trained.model.recommend(histories, tokenizer=trained.tokenizer, k=5)
+    alone = trained.model.retriever.recommend(histories, tokenizer=trained.tokenizer, k=5)
+    assert [{r.item_id for r in row} for row in direct] == [{r.item_id for r in row} for row in alone]
+    again = load_artifact(tmp_path / "model").recommend(histories, k=5)
+    assert [[r.item_id for r in row] for row in again] == [[r.item_id for r in row] for row in direct]
+
+
 _SFT = {
     "method": "sft",
     "options": NEXT,

@@ -1,8 +1,8 @@
 """Rows for decoder-only language models: conversations as segments -> `input_ids` and labels of the answers alone.
 
 Two styles. "plain" writes question, answer and end token one after the other. "chat" writes the tokenizer's chat template
-around them (`chat_markup.py`). Labels are -100 everywhere but on the answers and on the token that ends them. Item texts are
-"text" segments and cannot become control tokens; item tokens come from a table.
+around them (`identifiers/chat_markup.py`). Labels are -100 everywhere but on the answers and on the token that ends them.
+Item texts are "text" segments and cannot become control tokens; item tokens come from a table.
 
 An item continues a history directly, in training as in `recommend`; every other answer is set off by `answer_mark` (plain
 style). An item that is the only answer ends itself: identifiers are decoded to a known length, and without an end token all
@@ -19,9 +19,9 @@ from typing import Any
 
 from hf_genrec.data.collators import IGNORED
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.identifiers.chat_markup import ChatMarkup, chat_markup
 from hf_genrec.identifiers.segments import encode_segments
 
-from .chat_markup import ChatMarkup, chat_markup
 from .fill import Example
 
 STYLES = ("plain", "chat")

@@ -1,6 +1,7 @@
 """Stages of candidate rankers as data: what each stage trains, on which prompts, with the values of its paper.
 
-TALLRec (arXiv 2305.00447), CoLLM (2310.19488), LLaRA (2312.02445), A-LLMRec (2404.11343), LlamaRec (2311.02089).
+TALLRec (arXiv 2305.00447), CoLLM (2310.19488), LLaRA (2312.02445), A-LLMRec (2404.11343), LlamaRec (2311.02089), and
+LLMRank (2305.08845), which trains nothing.
 The table gives for each the stages, the adapters and the fields of the ranker's configuration that go with them.
 """
 
@@ -146,5 +147,10 @@ RANKER_METHODS: dict[str, RankerMethod] = {
         (RankerStage("letters", ("lora",), "text", options={"learning_rate": 1e-4}),),
         LoraOptions(8, 32, 0.05),  # dropout unverified: our choice
         {"verbalizer": "letters", "num_candidates": 20, "max_history": 20},
+    ),
+    "llmrank": RankerMethod(
+        (),
+        None,
+        {"verbalizer": "list", "num_candidates": 20, "candidate_permutations": 3, "max_history": 5},
     ),
 }

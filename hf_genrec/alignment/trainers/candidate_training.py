@@ -279,6 +279,11 @@ def train_candidate_ranker(
     """
     check_fingerprint(model, tokenizer)
     stages = [stage for stage in stages if stage.rows != "instructions" or instructions is not None]
+    if model.config.verbalizer == "list":
+        raise TrainingError(
+            "verbalizer 'list' is for models that are ranked with as they are: rows have one answer, not an order; train "
+            "with 'letters' or 'title'."
+        )
     if not stages:
         raise TrainingError(
             "no stage is left to train; name stages, and give instructions=... for one on instructions."

@@ -9,11 +9,11 @@ from transformers.activations import ACT2FN
 
 from hf_genrec.errors import IncompatibleComponentsError
 
-VERBALIZERS = ("letters", "yes_no", "title")
+VERBALIZERS = ("letters", "yes_no", "title", "list")
 ANSWER_LOSSES = ("cross_entropy", "yes_bce")
 PROJECTORS = ("linear", "mlp")
 SLOTS = ("user", "history", "candidates")
-FIELDS = ("user", "history", "disliked", "candidates", "target")
+FIELDS = ("user", "history", "newest", "disliked", "candidates", "target")
 
 
 @strict
@@ -27,17 +27,18 @@ class CandidateRankerConfig(PreTrainedConfig):
         num_items: N, items of the catalogue.
         item_length: most tokens of an item's text.
         prompt: the prompt as token-id lists and names of fields, in order. Fields: "history" (liked items, oldest first),
-            "disliked", "candidates", "target" (one candidate; everything behind it is read once per candidate) and "user"
-            (a soft token).
+            "newest" (the last of them), "disliked", "candidates", "target" (one candidate; everything behind it is read
+            once per candidate) and "user" (a soft token).
         item_open, item_close: token ids around every item's text.
         history_separator, candidate_separator: between two items.
         candidate_marks: per place in the candidate list the token ids in front of it ("(A) "); [] = none.
         empty_list: token ids in place of a list without items.
         neutral: token ids in place of a soft token where a prompt is written as text only; [] = nothing.
         verbalizer: "letters" (one token per candidate, one pass ranks all), "yes_no" (pointwise: the answers are two
-            tokens) or "title" (the likelihood of the candidate's text).
-        answer_tokens: the letters' token ids in order of the list, or those of yes and no; [] for titles.
-        answer_end: token ids that close a title.
+            tokens), "title" (the likelihood of the candidate's text) or "list" (the model writes the whole list in its own
+            order, every candidate once; scores are m, m - 1, ... in that order).
+        answer_tokens: the letters' token ids in order of the list, or those of yes and no; [] for titles and lists.
+        answer_end: token ids that close a title; for "list" the token between two titles and the one that ends the list.
         answer_loss: "cross_entropy" over the vocabulary at the answer, or "yes_bce": binary cross-entropy on the logit of
             yes alone (2310.19488), for "yes_no"; the score is then that logit's log-sigmoid.
         num_candidates: m, how many items of the retriever the language model ranks.
@@ -145,7 +146,7 @@ class CandidateRankerConfig(PreTrainedConfig):
                 raise IncompatibleComponentsError(
                     f"the prompt's field {field!r} is unknown or named twice; fields are {', '.join(FIELDS)}."
                 )
-        needed = {"letters": "candidates", "yes_no": "target"}.get(self.verbalizer)
+        needed = {"letters": "candidates", "yes_no": "target", "list": "candidates"}.get(self.verbalizer)
         if needed and needed not in fields:
             raise IncompatibleComponentsError(
                 f"verbalizer {self.verbalizer!r} needs the field {{{needed}}} in the prompt."
@@ -155,7 +156,11 @@ class CandidateRankerConfig(PreTrainedConfig):
                 "the field {target} is for verbalizer 'yes_no' and must be the last field of the prompt, because what "
                 "stands before it is read once for all candidates."
             )
-        wanted = {"letters": self.num_candidates, "yes_no": 2, "title": 0}[self.verbalizer]
+        if self.verbalizer == "list" and len(self.answer_end) != 2:
+            raise IncompatibleComponentsError(
+                f"verbalizer 'list' needs two tokens in answer_end, between titles and at the end; got {list(self.answer_end)}."
+            )
+        wanted = {"letters": self.num_candidates, "yes_no": 2}.get(self.verbalizer, 0)
         enough = len(self.answer_tokens) >= wanted if wanted else True
         if not enough or len(set(self.answer_tokens)) != len(self.answer_tokens):
             raise IncompatibleComponentsError(

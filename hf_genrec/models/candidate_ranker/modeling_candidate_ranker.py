@@ -2,7 +2,8 @@
 
 The retriever scores the catalogue; its best m items are written into a prompt as text, and the language model's answer
 becomes one score each: by the logits of their letters (LlamaRec, arXiv 2311.02089), by yes or no about every one of them
-(TALLRec, 2305.00447), or by the likelihood of their titles (LLaRA, 2312.02445). Behind a title may stand a soft token, the
+(TALLRec, 2305.00447), by the likelihood of their titles (LLaRA, 2312.02445), or by the order in which a model that was never
+trained for it writes them down (LLMRank, 2305.08845). Behind a title may stand a soft token, the
 projected vector of the item (CoLLM 2310.19488, LLaRA, A-LLMRec 2404.11343), and in the prompt one for the user. An item
 outside the m candidates keeps the retriever's order behind them, so a target that the retriever misses stays missed.
 
@@ -30,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_genrec.errors import IncompatibleComponentsError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.ranking.prompts import written_title
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.generation.search import evaluating
 from hf_genrec.generation.trie import ItemTrie
@@ -194,6 +196,8 @@ class CandidateRankerForCausalLM(CandidateScoresMixin, ItemCodesMixin, Recommend
                 f"{len(item_texts)} item_texts for a catalogue of {item_tokenizer.num_items} items: give one per item, in "
                 "the order of item_tokenizer.item_ids."
             )
+        if verbalizer == "list":  # a title is one line of the answer
+            item_texts = [written_title(str(text)) for text in item_texts]
         table = item_token_table(tokenizer, item_texts, max_title_tokens)
         codes = np.asarray(item_tokenizer.codes)
         values = prompt_values(

@@ -2,8 +2,8 @@
 
 A wording is a text with fields in braces; it is cut at its fields once, and its pieces and the items' texts are encoded
 apart (`encode_segments`), so that a title can never forge a control token or end its line early. Questions asked and
-answers expected follow TALLRec (arXiv 2305.00447, yes or no), LlamaRec (2311.02089, one letter) and LLaRA (2312.02445, a
-title of the list); the sentences are ours.
+answers expected follow TALLRec (arXiv 2305.00447, yes or no), LlamaRec (2311.02089, one letter), LLaRA (2312.02445, a title
+of the list) and LLMRank (2305.08845, the list in the model's order); the sentences are ours.
 
 Shapes: N items, L tokens of the longest item text, B rows, T tokens, S soft slots of a row.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_genrec.errors import IncompatibleComponentsError, ItemTableError, RequestError
+from hf_genrec.identifiers.chat_markup import chat_markup
 from hf_genrec.identifiers.segments import encode_segments
 
 from .configuration_candidate_ranker import FIELDS, CandidateRankerConfig
@@ -36,6 +37,12 @@ WORDINGS: dict[str, str] = {
     "title": (
         "{bos}{user}Chosen by one user, oldest first:\n{history}\nOne of these comes next:\n{candidates}\n"
         "The item that comes next is: "
+    ),
+    "list": (
+        "{bos}These are the items I have chosen, oldest first:\n{history}\nThe last of them was {newest}.\n\n"
+        "These are candidates for what I could choose next:\n{candidates}\n\n"
+        "Rank all the candidates by how likely I am to choose them next, given the order of my history. Write one title "
+        "per line, the most likely first, exactly as it stands in the list of candidates, and write nothing else."
     ),
 }
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -93,15 +100,17 @@ def prompt_values(
 
     Args:
         tokenizer: the language model's.
-        wording: fields {history}, {disliked}, {candidates}, {target}, {user} and {bos} (the start token, where the
-            tokenizer writes one); control tokens of chat models count. None = the one of `WORDINGS`.
+        wording: fields {history}, {newest}, {disliked}, {candidates}, {target}, {user} and {bos} (the start token, where
+            the tokenizer writes one); control tokens of chat models count. None = the one of `WORDINGS`. For "list" it is
+            a question to a chat model and stands in the tokenizer's chat template, where it has one.
         answers: the words of the answers; None = letters, or Yes and No.
         slots: of the configuration; without "user" the field {user} is left out.
         neutral: text in place of a soft token in text-only prompts.
         item_quotes: around every item's text.
 
     Raises:
-        IncompatibleComponentsError: an unknown field, or answers that are no single tokens.
+        IncompatibleComponentsError: an unknown field, answers that are no single tokens, or for "list" a tokenizer without
+            a token for the line break or the end.
     """
 
     def ids(text: str) -> list[int]:
@@ -109,19 +118,29 @@ def prompt_values(
 
     start = _start_tokens(tokenizer)
     prompt: list[Any] = []
-    for place, piece in enumerate(_FIELD.split(wording or WORDINGS[verbalizer])):
+
+    def write(tokens: list[int]) -> None:
+        if tokens and prompt and isinstance(prompt[-1], list):
+            prompt[-1] = prompt[-1] + tokens
+        elif tokens:
+            prompt.append(tokens)
+
+    pieces = _FIELD.split(wording or WORDINGS[verbalizer])
+    behind = ""
+    if verbalizer == "list" and getattr(tokenizer, "chat_template", None):
+        markup = chat_markup(tokenizer)  # it writes the start token itself
+        start, behind = [], markup.answers[0]
+        write(ids(markup.start + markup.questions[0]))
+    for place, piece in enumerate(pieces):
         if place % 2 == 0 or piece == "bos":
-            tokens = start if place % 2 else ids(piece)
-            if tokens and prompt and isinstance(prompt[-1], list):
-                prompt[-1] = prompt[-1] + tokens
-            elif tokens:
-                prompt.append(tokens)
+            write(start if place % 2 else ids(piece))
         elif piece not in FIELDS:
             raise IncompatibleComponentsError(
                 f"the wording has an unknown field {{{piece}}}; fields are {', '.join(FIELDS)} and bos."
             )
         elif piece != "user" or "user" in slots:
             prompt.append(piece)
+    write(ids(behind))
     values: dict[str, Any] = {
         "prompt": prompt,
         "item_open": ids(item_quotes[0]),
@@ -145,10 +164,27 @@ def prompt_values(
         values["candidate_marks"] = [ids(f"({word}) ") for word in words]
     elif verbalizer == "yes_no":
         values["answer_tokens"] = answer_tokens(tokenizer, answers or ("Yes", "No"))
+    elif verbalizer == "list":
+        values["answer_end"] = [
+            *_line_break(tokenizer),
+            *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
+        ]
+        if len(values["answer_end"]) != 2:
+            raise IncompatibleComponentsError(
+                f"{type(tokenizer).__name__} has no single token for a line break, or no end token, so written lists cannot "
+                "be told apart; use verbalizer 'letters' or 'title'."
+            )
     else:
         end = tokenizer.eos_token_id
         values["answer_end"] = [] if end is None else [int(end)]
     return values
+
+
+def _line_break(tokenizer: Any) -> list[int]:
+    """What the tokenizer writes for a line break behind a word."""
+    word = encode_segments(tokenizer, [("text", "a")])
+    line = encode_segments(tokenizer, [("text", "a\n")])
+    return line[len(word) :] if line[: len(word)] == word else []
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:
@@ -234,6 +270,7 @@ class PromptWriter:
                 f"{where}: {len(candidates)} candidates for {len(config.candidate_marks)} letters; rank fewer at a time, "
                 "or build the ranker with a larger num_candidates."
             )
+        newest = [self.item(int(i), "history", text_only) for i in history[-1:]]
         lists = {
             "history": [self.item(int(i), "history", text_only) for i in history[-config.max_history :]],
             "disliked": [self.item(int(i), "history", text_only) for i in disliked[-config.max_history :]],
@@ -248,8 +285,8 @@ class PromptWriter:
                     row += PromptRow(part)
                 elif part == "user":
                     row += PromptRow(user)
-                elif part == "candidates":
-                    row += self._joined(shown, config.candidate_separator)
+                elif part in ("candidates", "newest"):
+                    row += self._joined(shown if part == "candidates" else newest, config.candidate_separator)
                 else:
                     row += self._joined(lists[part], config.history_separator)
             excess = len(row.ids) + reserve - self.limit if self.limit is not None else 0

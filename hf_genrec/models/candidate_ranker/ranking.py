@@ -1,8 +1,9 @@
-"""Scores and answers of a candidate ranker for given lists: by letters, by yes or no, by the likelihood of titles.
+"""Scores and answers of a candidate ranker for given lists: letters, yes or no, likelihood of titles, written lists.
 
 Letters take one pass per user (arXiv 2311.02089). For yes or no (2305.00447) and titles the prompt is read once per user and
-every candidate behind its keys and values. Free answers are written without any constraint, for measuring how many name
-exactly one candidate (2312.02445).
+every candidate behind its keys and values. Lists are written token by token, and only what continues a candidate not yet
+written can be (2305.08845 reads free answers; `ZeroShotRanker` does that, too). Free answers are written without any
+constraint, for measuring how many name exactly one candidate (2312.02445).
 
 Shapes: M or B users, C candidates of a list, T tokens, U width of a user vector, H width and x outputs of the language model.
 """
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_genrec.errors import RequestError
+from hf_genrec.generation.ranking.bootstrap import round_scores
+from hf_genrec.generation.ranking.list_processor import CandidateListProcessor, split_list
 from hf_genrec.generation.search import evaluating
 
 from .prompts import PromptRow, PromptWriter, padded
@@ -51,7 +54,8 @@ class CandidateScoresMixin:
 
         "letters": log-probability of the candidate's letter among the letters shown, one pass per user. "yes_no":
         log-probability of yes among both answers (log-sigmoid of its logit for "yes_bce"), the prompt read once per user.
-        "title": log-likelihood of the candidate's text.
+        "title": log-likelihood of the candidate's text. "list": C for the candidate that the model writes first, C - 1 for
+        the next ... (with several orders of the list the mean).
 
         Args:
             histories: M lists of item indices, oldest first.
@@ -125,12 +129,14 @@ class CandidateScoresMixin:
         reader, writer, kind = LanguageReader(self.language_model), self.writer, self.config.verbalizer
         count = candidates_BC.shape[1]
         scores = torch.full((len(histories), count), -torch.inf, device=self.device)
-        at_once = _ROWS_AT_ONCE if kind == "letters" else max(1, _ROWS_AT_ONCE // max(1, count))
+        at_once = _ROWS_AT_ONCE if kind in ("letters", "list") else max(1, _ROWS_AT_ONCE // max(1, count))
         for start in range(0, len(histories), at_once):
             rows = range(start, min(start + at_once, len(histories)))
             lists = [candidates_BC[row][candidates_BC[row] >= 0] for row in rows]
             further = [[self._continuation(int(i), text_only) for i in items] for items in lists]
             reserve = [max((len(one.ids) for one in row), default=0) + 1 for row in further]
+            if kind == "list":
+                reserve = [sum(len(writer.titles[int(i)]) + 1 for i in items) for items in lists]
             prompts = [
                 writer.write(
                     histories[row],
@@ -146,12 +152,13 @@ class CandidateScoresMixin:
             batch = {name: part.to(self.device) for name, part in padded(prompts, 0, left=True).items()}
             embeds = self.embed(batch["input_ids"], batch["slot_items"], users)
             mask = batch["attention_mask"]
-            last, cache = (
-                reader.read(embeds, mask) if kind != "letters" else (reader.outputs(embeds, mask)[0][:, -1], None)
-            )
             if kind == "letters":
+                last = reader.outputs(embeds, mask)[0][:, -1]
                 found = self._letter_scores(reader, last, [len(items) for items in lists])
+            elif kind == "list":
+                found = self._written_scores(embeds, mask, lists)
             else:
+                last, cache = reader.read(embeds, mask)
                 found = self._continued_scores(reader, embeds, mask, cache, last, further)
             for place, row in enumerate(rows):
                 shown = torch.from_numpy(np.flatnonzero(candidates_BC[row] >= 0)).to(self.device)
@@ -173,6 +180,32 @@ class CandidateScoresMixin:
             torch.arange(logits.shape[1], device=logits.device) < torch.tensor(counts, device=logits.device)[:, None]
         )
         return logits.masked_fill(~shown, -torch.inf).log_softmax(-1)
+
+    def _written_scores(self, embeds_BTH: Tensor, mask_BT: Tensor, lists: Sequence[np.ndarray]) -> Tensor:
+        """Scores (B, C) by the place in the list that the model writes, the likeliest token at each step."""
+        between, end = (int(token) for token in self.config.answer_end)
+        texts = [[tuple(self.writer.titles[int(item)]) for item in items] for items in lists]
+        scores = torch.full((len(lists), max(map(len, lists), default=0)), -torch.inf)
+        rows = [row for row, named in enumerate(texts) if named]  # a request without candidates asks nothing
+        if rows:
+            processor = CandidateListProcessor(
+                [texts[row] for row in rows], 0, separator_token_id=between, eos_token_id=end
+            )
+            written = self.language_model.generate(
+                inputs_embeds=embeds_BTH[rows],
+                attention_mask=mask_BT[rows],
+                max_new_tokens=max(sum(len(text) + 1 for text in set(texts[row])) for row in rows),
+                do_sample=False,
+                **{"num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": end},
+                eos_token_id=end,
+                logits_processor=[processor],
+            ).tolist()
+            for row, answer in zip(rows, written, strict=True):
+                parts = split_list(answer[: answer.index(end)], between)
+                # candidates of equal texts follow one another
+                order = [place for part in parts for place, text in enumerate(texts[row]) if text == part]
+                scores[row, : len(order)] = torch.from_numpy(round_scores(order, len(texts[row]))).float()
+        return scores.to(self.device)
 
     def _continued_scores(
         self,

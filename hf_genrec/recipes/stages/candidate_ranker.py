@@ -1,7 +1,7 @@
 """Language models that rank a retriever's candidates in a recipe: model type "candidate_ranker", method "rank_candidates".
 
 The retriever is a SASRec trained on the same rows. `system` names the published ranker (TALLRec, CoLLM, LLaRA, A-LLMRec,
-LlamaRec) whose verbaliser, soft tokens and stages are taken, see `RANKER_METHODS`.
+LlamaRec, LLMRank) whose verbaliser, soft tokens and stages are taken, see `RANKER_METHODS`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class CandidateRankerOptions:
     """What a recipe says under `model` for type "candidate_ranker".
 
     Args:
-        system: "tallrec", "collm", "llara", "a_llmrec" or "llamarec".
+        system: "tallrec", "collm", "llara", "a_llmrec", "llamarec" or "llmrank" (which is not trained).
         base, language_model, text_vocab_size, dtype: the language model, as for type "causal_lm".
         num_candidates: m, the retriever's items that are ranked.
         max_title_tokens: tokens of a title that are shown.
         max_history: newest items in a prompt.
+        candidate_permutations: orders of the list that scores are means over; None = the system's (LLMRank 3, others none).
         aligned_size: width of A-LLMRec's joint vectors.
         lora: options that differ from the system's (r, alpha, dropout, target_modules).
     """
@@ -40,6 +41,7 @@ class CandidateRankerOptions:
     num_candidates: int | None = None
     max_title_tokens: int = 16
     max_history: int = 20
+    candidate_permutations: int | None = None
     aligned_size: int = 128
     lora: dict | None = None
 
@@ -76,8 +78,9 @@ def build_candidate_ranker(recipe: Any, identifiers: Any, *, seed: int) -> Candi
     model, text_tokenizer = language_model_and_tokenizer(context, shared, seed)
     retriever, _ = trained_sasrec(context)
     fields = dict(RANKER_METHODS[options.system].fields) | {"max_history": options.max_history}
-    if options.num_candidates is not None:
-        fields["num_candidates"] = options.num_candidates
+    for name in ("num_candidates", "candidate_permutations"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
     if options.system == "collm":
         fields["projector_size"] = 10 * int(retriever.config.hidden_size)
     if options.system == "a_llmrec":  # its stage "alignment" makes the vectors
@@ -123,6 +126,8 @@ def rank_candidates(
         dataclasses.replace(stage, options=dict(stage.options) | own | dict(given.get(stage.name) or {}))
         for stage in method.stages
     ]
+    if not stages:  # zero-shot
+        return MethodResult(job.model, job.tokenizer, {"method": "rank_candidates", "stages": {}})
     lora = method.lora
     if lora is not None and options.lora:
         lora = dataclasses.replace(lora, **options.lora)

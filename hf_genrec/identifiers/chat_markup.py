@@ -11,8 +11,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from hf_genrec.errors import IncompatibleComponentsError
-from hf_genrec.identifiers.segments import control_token_ids
+from ..errors import IncompatibleComponentsError
+from .segments import control_token_ids
 
 
 @dataclass(frozen=True)
