@@ -29,20 +29,25 @@ from hf_genrec.recipes.resolver import FOLDER, nearest, recipe_names, resolve_re
 
 METRICS = ("recall@10", "ndcg@10")
 REFERENCE = "tiger_packed"
-OTHERS = {"identifiers": (REFERENCE, "liger", "p5", "rpg", "tandem", "sasrec")}  # rows that are not of the stage itself
-STAGE_OF = {"identifiers": "creation"}
+# a table's recipes: those of a stage, and further ones
+TABLES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "identifiers": ("creation", (REFERENCE, "liger", "p5", "rpg", "tandem", "sasrec")),
+    # the reference is trained without preferences for as long as the others with all their stages
+    "alignment": (None, (REFERENCE, "tiger_s_dpo", "tiger_grpo", "onerec")),
+}
 
 
 def table_recipes(table: str) -> list[str]:
-    """Recipes of a table: those of its stage and the ones to compare with.
+    """Recipes of a table.
 
     Raises:
         RecipeError: no such table.
     """
-    if table not in STAGE_OF:
-        raise RecipeError(f"unknown table {table!r}: {nearest(table, STAGE_OF)}")
-    names = [name for name in recipe_names() if resolve_recipe(name).stage == STAGE_OF[table]]
-    return [*names, *OTHERS[table]]
+    if table not in TABLES:
+        raise RecipeError(f"unknown table {table!r}: {nearest(table, TABLES)}")
+    stage, others = TABLES[table]
+    names = [name for name in recipe_names() if stage is not None and resolve_recipe(name).stage == stage]
+    return [*names, *others]
 
 
 def read_table(table: str) -> dict[str, Any]:
@@ -76,10 +81,10 @@ def run_table(
     """Train and test every recipe of a table and write `table.json` and `table.md` to `output_dir`.
 
     Args:
-        table: "identifiers".
+        table: "identifiers" or "alignment".
         dataset: anything `load_data` takes.
         recipes: only these; default all of the table.
-        train_seconds: processor seconds of training of each run, the identifiers not counted.
+        train_seconds: processor seconds of training of each run, all stages together, the identifiers not counted.
         processes: runs at the same time.
 
     Raises:
@@ -150,6 +155,9 @@ def collect_table(
         values[name] = {metric: np.array([column[metric] for column in columns]) for metric in METRICS}
         popular = values_from_ranks(_ranks(runs[0]["popularity_ranks"]), [10])
         rows.append(_row(name, runs, values[name]))
+        stages = [stage for run in runs if (stage := _last_stage(run)) is not None]
+        if stages:
+            rows[-1]["last_stage"] = stages
         rows[-1]["difference_to_popularity"] = {
             metric: paired_difference(values[name][metric].mean(0), popular[metric]).to_dict() for metric in METRICS
         }
@@ -169,6 +177,16 @@ def collect_table(
 
 def _ranks(places: Sequence[int | None]) -> np.ndarray:
     return np.array([np.inf if place is None else place for place in places])
+
+
+def _last_stage(run: dict[str, Any]) -> dict[str, Any] | None:
+    """What the last of several training stages changed on validation, over all targets and by bucket; of one seed."""
+    stages = run["metrics"].get("training", {}).get("stages")
+    compared = stages[-1].get("buckets") if isinstance(stages, list) and stages else None
+    if compared is None:
+        return None
+    parts = {"all": compared["all"], **compared["buckets"]}
+    return {"seed": run["seed"], "method": stages[-1]["method"], "metric": compared["metric"], "buckets": parts}
 
 
 def _row(name: str, runs: list[dict[str, Any]], values: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -246,4 +264,31 @@ def render_table(table: dict[str, Any]) -> str:
         "quantized) with the same first code; both before the policy. *seconds*: processor seconds of training, without "
         "the identifiers.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_stage_lines(table)]) + "\n"
+
+
+def _stage_lines(table: dict[str, Any]) -> list[str]:
+    """Before and after the last stage, one line per recipe and seed."""
+    rows = [(row["recipe"], stage) for row in table["rows"] for stage in row.get("last_stage", ())]
+    if not rows:
+        return []
+    buckets = list(dict.fromkeys(bucket for _, stage in rows for bucket in stage["buckets"]))
+    lines = [
+        "",
+        f"What the last stage changed: {rows[0][1]['metric']} on validation users before -> after; an arrow up or down where "
+        "the paired 95 % interval leaves zero out.",
+        "",
+        "| recipe | seed | stage | " + " | ".join(buckets) + " |",
+        "|---|---|---|" + "---|" * len(buckets),
+    ]
+    marks = {"better": " ↑", "worse": " ↓"}
+    for name, stage in rows:
+        cells = []
+        for bucket in buckets:
+            part = stage["buckets"].get(bucket) or {}
+            known = part.get("before") is not None
+            cells.append(
+                f"{part['before']:.4f} -> {part['after']:.4f}{marks.get(part['verdict'], '')}" if known else ""
+            )
+        lines.append(f"| `{name}` | {stage['seed']} | {stage['method']} | " + " | ".join(cells) + " |")
+    return lines

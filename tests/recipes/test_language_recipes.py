@@ -177,11 +177,11 @@ def test_stages_go_on_where_they_were_interrupted(tmp_path, monkeypatch) -> None
 
     original, calls = staged._run, []
 
-    def interrupted(job, model, tokenizer, place, stage):
+    def interrupted(job, model, tokenizer, place, stage, share):
         calls.append(place.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(job, model, tokenizer, place, stage)
+        return original(job, model, tokenizer, place, stage, share)
 
     monkeypatch.setattr(staged, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -194,6 +194,32 @@ def test_stages_go_on_where_they_were_interrupted(tmp_path, monkeypatch) -> None
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert len(resumed.metrics["training"]["stages"]) == 2
+
+
+def test_stages_share_the_training_time(tmp_path, monkeypatch) -> None:
+    from types import SimpleNamespace
+
+    from hf_genrec.recipes.components import METHODS
+    from hf_genrec.recipes.stages.context import MethodResult
+
+    first = {"method": "next_item", "share": 3, "training": {"learning_rate": 0.5}}
+    options = {"codebook_sizes": [8, 8], "pca_dim": None, "model.d_model": 16, "eval_strategy": "no"} | NO_TEXT
+    options |= {"training.max_train_seconds": 40.0, "lr_scheduler_type": "linear"}
+    options |= {"training.method_options": {"stages": [first, {"method": "next_item"}]}}
+    recipe = resolve_recipe("tiger_s_dpo", options)
+    seen = []
+
+    def method(job):
+        seen.append((job.args.max_train_seconds, job.recipe.training["max_train_seconds"], job.args.learning_rate))
+        return MethodResult(job.model, job.tokenizer, {})
+
+    monkeypatch.setitem(METHODS, "next_item", SimpleNamespace(load=lambda: method))
+    log = write_log(tmp_path, items=12, users=12, length=6)
+    train_recipe(recipe, log, tmp_path / "model", baselines=[], progress=False)
+    rate = recipe.training["learning_rate"]
+    assert seen == [(30.0, 30.0, 0.5), (10.0, 10.0, rate)]
+    with pytest.raises(RecipeError, match=r"stages\[0\].share: 0 is no part"):
+        resolve_recipe("tiger_s_dpo", {"training.method_options": {"stages": [{"method": "next_item", "share": 0}]}})
 
 
 def test_the_dry_run_loads_no_pretrained_model() -> None:

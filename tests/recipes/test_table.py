@@ -10,9 +10,9 @@ import pytest
 
 from hf_genrec.errors import RecipeError
 from hf_genrec.recipes.resolver import FOLDER, resolve_recipe
-from hf_genrec.recipes.table import collect_table, read_table, render_table, run_table, table_recipes
+from hf_genrec.recipes.table import TABLES, collect_table, read_table, render_table, run_table, table_recipes
 
-CARD = Path(__file__).parents[2] / "model_cards" / "identifiers.md"
+CARDS = Path(__file__).parents[2] / "model_cards"
 
 
 def write_run(folder: Path, name: str, seed: int, ranks: list[int | None], popular: list[int | None]) -> None:
@@ -44,6 +44,27 @@ def test_means_and_differences_by_hand(tmp_path) -> None:
     assert text.index("`cid`") < text.index("`tiger_packed`") and "0.5000 / 0.2500" in text
 
 
+def test_what_the_last_stage_changed_stands_below_the_table(tmp_path) -> None:
+    popular = [1, None, None, None]
+    write_run(tmp_path, "tiger_packed", 0, [1, 2, None, 11], popular)
+    for seed, verdict in ((0, "better"), (1, "worse")):
+        write_run(tmp_path, "tiger_s_dpo", seed, [1, 2, 3, None], popular)
+        path = tmp_path / f"tiger_s_dpo-{seed}.json"
+        run = json.loads(path.read_text())
+        part = {"targets": 4, "before": 0.25, "after": 0.5, "verdict": verdict}
+        few = {"targets": 0, "before": None, "after": None, "verdict": "too few targets"}
+        compared = {"metric": "ndcg@10", "all": part, "buckets": {"tail": part, "cold": few}}
+        stages = [{"method": "next_item"}, {"method": "softmax_dpo", "buckets": compared}]
+        run["metrics"]["training"] = {"stages": stages}
+        path.write_text(json.dumps(run))
+    table = collect_table("alignment", tmp_path, table_recipes("alignment"), [0, 1], 10.0)
+    text = render_table(table)
+    assert "| `tiger_s_dpo` | 0 | softmax_dpo | 0.2500 -> 0.5000 ↑ | 0.2500 -> 0.5000 ↑ |  |" in text
+    assert "| `tiger_s_dpo` | 1 | softmax_dpo | 0.2500 -> 0.5000 ↓ | 0.2500 -> 0.5000 ↓ |  |" in text
+    assert "last_stage" not in next(row for row in table["rows"] if row["recipe"] == "tiger_packed")
+    json.dumps(table, allow_nan=False)
+
+
 def test_unknown_tables_and_recipes_are_named(tmp_path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'identifiers'"):
         table_recipes("identifier")
@@ -51,10 +72,12 @@ def test_unknown_tables_and_recipes_are_named(tmp_path) -> None:
         run_table("identifiers", "x.csv", tmp_path, recipes=["lettre"])
 
 
-@pytest.mark.skipif(not (FOLDER / "table.identifiers.json").is_file(), reason="no table was committed")
-def test_the_committed_table_its_card_and_the_status_of_recipes_agree() -> None:
-    table = read_table("identifiers")
-    assert render_table(table).strip() in CARD.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_table_its_card_and_the_status_of_recipes_agree(name) -> None:
+    if not (FOLDER / f"table.{name}.json").is_file():
+        pytest.skip("no table was committed")
+    table = read_table(name)
+    assert render_table(table).strip() in (CARDS / f"{name}.md").read_text(encoding="utf-8")
     for row in table["rows"]:
         clearly_above = row["difference_to_popularity"]["ndcg@10"]["low"] > 0
         status = resolve_recipe(row["recipe"]).status

@@ -26,7 +26,7 @@ from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
 from hf_genrec.recipes.stages.preference import part_of_rows
 
 logger = logging.getLogger(__name__)
-KEYS = {"method": str, "options": dict, "training": dict}
+KEYS = ("method", "options", "training", "share")
 _RESULT = "stage.json"
 
 
@@ -34,11 +34,13 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
     """Run training methods in a row.
 
     Args:
-        stages: mappings of `method` (a name of the table), `options` (of that method) and `training` (training arguments
-            that differ from the recipe's).
+        stages: mappings of `method` (a name of the table), `options` (of that method), `training` (training arguments
+            that differ from the recipe's) and `share` (of the recipe's `max_train_seconds`, relative to the other stages;
+            default 1).
     """
     folder = Path(str(job.args.output_dir))
     model, tokenizer, summaries, before = job.model, job.tokenizer, [], None
+    shares = sum(float(stage.get("share") or 1.0) for stage in stages)
     for number, stage in enumerate(stages):
         name = stage["method"]
         place = folder / f"stage-{number + 1}-{name}"
@@ -49,7 +51,7 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
         else:
             if not job.args.disable_tqdm:
                 print(f"[training, stage {number + 1} of {len(stages)}: {name}] ...", flush=True)
-            result = _run(job, model, tokenizer, place, stage)
+            result = _run(job, model, tokenizer, place, stage, float(stage.get("share") or 1.0) / shares)
             model, tokenizer, summary = result.model, result.tokenizer, result.summary
         report = _ranked(job, model, tokenizer, f"after {name}")
         if report is not None:
@@ -85,13 +87,20 @@ def check_stages(stages: Any, check: Any) -> None:
             raise RecipeError(f"{where}: keys are {', '.join(KEYS)}, got {', '.join(map(str, stage))}.")
         if stage["method"] == "stages":
             raise RecipeError(f"{where}: a stage is one method, not stages again.")
+        share = stage.get("share", 1.0)
+        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+            raise RecipeError(f"{where}.share: {share!r} is no part of the training time; give a number above 0.")
         check(where, stage["method"], stage.get("options") or {}, stage.get("training") or {})
 
 
-def _run(job: TrainingJob, model: Any, tokenizer: Any, place: Path, stage: dict[str, Any]) -> MethodResult:
+def _run(
+    job: TrainingJob, model: Any, tokenizer: Any, place: Path, stage: dict[str, Any], share: float
+) -> MethodResult:
     from hf_genrec.recipes.components import METHODS
 
     base = {name: value for name, value in job.recipe.training.items() if name not in ("method", "method_options")}
+    if job.args.max_train_seconds is not None:
+        base["max_train_seconds"] = job.args.max_train_seconds * share
     training = base | (stage.get("training") or {})
     known = {name: value for name, value in training.items() if hasattr(job.args, name)}
     args = replace(job.args, **known, output_dir=str(place / "running"))
