@@ -19,13 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_genrec.alignment.negatives import (
-    BeamNegatives,
-    PopularityNegatives,
-    PrefixNegatives,
-    RandomNegatives,
-    code_groups,
-)
+from hf_genrec.alignment.negatives import NEGATIVES, named_sampler
 from hf_genrec.alignment.pair_datasets import item_dataset, load_pairs, save_pairs
 from hf_genrec.alignment.pairs import make_pairs, next_items
 from hf_genrec.alignment.trainers.seq2seq_preference import Seq2SeqPreferenceConfig, Seq2SeqPreferenceTrainer
@@ -36,7 +30,7 @@ from hf_genrec.cli.script_start import data_of, kept_quantizer, open_start, reco
 from hf_genrec.errors import RequestError
 from hf_genrec.evaluation.evaluator import training_counts
 from hf_genrec.generation.recommend import recommendation_config_of
-from hf_genrec.recipes.stages.preference import NEGATIVES, part_of_rows
+from hf_genrec.recipes.stages.preference import part_of_rows
 
 
 @dataclass
@@ -71,31 +65,6 @@ class HistoryArguments:
     )
 
 
-def sampler_of(script: ScriptArguments, model: Any, tokenizer: Any, split: Any, args: Any, max_history: Any) -> Any:
-    """What draws the rejected items."""
-    seed, groups = args.seed, code_groups(tokenizer)
-    fallback = RandomNegatives(tokenizer.num_items, groups=groups, seed=seed)
-    if script.shared is not None and len(script.shared) != 2:
-        raise RequestError(f"--shared {script.shared}: give two numbers, least and most leading codes in common.")
-    least_and_most = None if script.shared is None else (script.shared[0], script.shared[1])
-    if script.negatives == "random":
-        return fallback
-    if script.negatives == "popularity":
-        counts = training_counts(split.train, tokenizer.num_items)
-        return PopularityNegatives(counts, groups=groups, seed=seed, fallback=fallback)
-    if script.negatives == "prefix":
-        return PrefixNegatives(tokenizer, least_and_most or (1, tokenizer.num_levels - 1), seed=seed, fallback=fallback)
-    return BeamNegatives(
-        model.to(args.device).eval(),
-        tokenizer,
-        num_beams=max(20, 2 * script.num_negatives),
-        shared=least_and_most,
-        batch_size=64,
-        max_history=max_history,
-        fallback=fallback,
-    )
-
-
 def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dict[str, Any] | None:
     """Artefact, pairs, training, ranking before and after, artefact. Returns metrics.json's content (main process only).
 
@@ -125,7 +94,16 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
             parts["eval_pairs"] = split.validation
         with args.main_process_first(desc="pairs"):
             if run.is_main and not (run.resume and all((folder / f"{name}.parquet").is_file() for name in parts)):
-                sampler = sampler_of(script, model, tokenizer, split, args, config.max_history)
+                sampler = named_sampler(
+                    script.negatives,
+                    tokenizer,
+                    training_counts(split.train, tokenizer.num_items),
+                    seed=args.seed,
+                    shared=script.shared,
+                    num_negatives=script.num_negatives,
+                    model=model.to(args.device).eval(),
+                    max_history=config.max_history,
+                )
                 for name, rows in parts.items():
                     made = item_dataset(
                         make_pairs(rows, sampler, script.num_negatives, allow_fewer=True),

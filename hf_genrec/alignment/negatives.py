@@ -15,7 +15,7 @@ Shape legend: M rows, K rejected items per row, N items, L levels, n candidates 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 
 from hf_genrec.data.filtering import stable_order
 from hf_genrec.data.sequences import Sequences, offsets_from_lengths, ragged_positions
-from hf_genrec.errors import TrainingError
+from hf_genrec.errors import RequestError, TrainingError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.item_filter import ItemFilter
 from hf_genrec.generation.scorers import scorer_for
@@ -403,3 +403,56 @@ class BeamNegatives(NegativeSampler):
                 state = decoder.start_decoding(input_ids.to(decoder.device), mask.to(decoder.device))
                 items_bk, _ = search_items(decoder, state, trie, config, item_filter, batch_size=len(rows_b))
                 draw.accept(np.repeat(rows_b, items_bk.shape[1]), items_bk.cpu().numpy().reshape(-1))
+
+
+NEGATIVES = ("random", "popularity", "beam", "prefix")
+
+
+def named_sampler(
+    name: str,
+    tokenizer: Any,
+    counts_N: np.ndarray,
+    *,
+    seed: int = 0,
+    shared: Sequence[int] | None = None,
+    num_negatives: int = 3,
+    model: Any = None,
+    batch_size: int = 64,
+    max_history: int | None = None,
+) -> NegativeSampler | BeamNegatives:
+    """A sampler by its name in recipes and scripts. Where one finds too few items, random ones fill up.
+
+    Args:
+        name: one of `NEGATIVES`.
+        counts_N: training interactions per item, for "popularity".
+        shared: least and most leading codes in common with the chosen item, for "prefix" (default: one to all but one)
+            and "beam".
+        num_negatives: K; "beam" searches at least 2 K answers.
+        model: whose answers are drawn, for "beam".
+        batch_size, max_history: of that search.
+
+    Raises:
+        RequestError: an unknown name, or `shared` that is no pair.
+    """
+    if name not in NEGATIVES:
+        raise RequestError(f"unknown negatives {name!r}: choose one of {', '.join(NEGATIVES)}.")
+    if shared is not None and len(shared) != 2:
+        raise RequestError(f"shared {list(shared)}: give two numbers, least and most leading codes in common.")
+    groups_N = code_groups(tokenizer)
+    fallback = RandomNegatives(tokenizer.num_items, groups=groups_N, seed=seed)
+    if name == "random":
+        return fallback
+    if name == "popularity":
+        return PopularityNegatives(counts_N, groups=groups_N, seed=seed, fallback=fallback)
+    bounds = None if shared is None else (int(shared[0]), int(shared[1]))
+    if name == "prefix":
+        return PrefixNegatives(tokenizer, bounds or (1, tokenizer.num_levels - 1), seed=seed, fallback=fallback)
+    return BeamNegatives(
+        model,
+        tokenizer,
+        num_beams=max(20, 2 * num_negatives),
+        shared=bounds,
+        batch_size=batch_size,
+        max_history=max_history,
+        fallback=fallback,
+    )

@@ -7,6 +7,7 @@ components fit and nothing about how well they do.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from functools import partial
 from typing import Any
@@ -70,6 +71,10 @@ def shrunk(recipe: Recipe) -> Recipe:
     content = recipe.to_dict()
     for section in ("features", "identifiers", "model", "training", "generation"):
         content[section] = _capped(content[section])
+    sizes = recipe.identifiers.get("codebook_sizes")
+    if isinstance(sizes, list) and sizes:  # policies that give every item a code of its own need room
+        least = max(_CAPS["codebook_sizes"], math.ceil((2 * ITEMS) ** (1 / len(sizes))))
+        content["identifiers"]["codebook_sizes"] = [min(size, least) for size in sizes]
     if content["model"].get("base"):  # no pretrained model is loaded: a tiny one of another kind stands for it
         content["model"] |= {"base": None, "language_model": dict(_LANGUAGE_MODEL)}
         for part, name in (("identifiers", "text_tokenizer"), ("identifiers", "item_end_token"), ("model", "dtype")):

@@ -37,7 +37,7 @@ def test_shrunk_keeps_the_components() -> None:
     recipe = resolve_recipe("tandem")
     small = shrunk(recipe)
     assert small.identifiers["quantizer"] == recipe.identifiers["quantizer"] and small.model["type"] == "rq_transformer"
-    assert small.identifiers["codebook_sizes"] == [4, 4, 4] and recipe.identifiers["codebook_sizes"] == [64, 64, 64]
+    assert small.identifiers["codebook_sizes"] == [5, 5, 5] and recipe.identifiers["codebook_sizes"] == [64, 64, 64]
 
 
 def test_command_line_dry_run(capsys) -> None:

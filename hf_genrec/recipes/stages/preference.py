@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from hf_genrec.alignment.negatives import NEGATIVES, named_sampler
 from hf_genrec.alignment.pairs import make_pairs, next_items
 from hf_genrec.errors import RecipeError
 from hf_genrec.evaluation.evaluator import training_counts
 from hf_genrec.recipes.stages.causal_lm import options_of, trainer_config
 from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
 
-NEGATIVES = ("random", "popularity", "beam", "prefix")
 REWARDS = ("rule", "rank", "rule_and_rank", "semantic", "collaborative")
 
 
@@ -49,7 +49,17 @@ def softmax_dpo(
         raise RecipeError(f"training.method_options.negatives: {negatives!r}: choose one of {', '.join(NEGATIVES)}.")
     split, tokenizer = job.context.split, job.tokenizer
     rows = part_of_rows(next_items(split.train, targets=targets), pairs, job.args.seed)  # type: ignore[arg-type]
-    sampler = _sampler(job, negatives, shared, num_negatives, batches_of_beams)
+    sampler = named_sampler(
+        negatives,
+        tokenizer,
+        training_counts(split.train, job.context.num_items),
+        seed=job.args.seed,
+        shared=shared,
+        num_negatives=num_negatives,
+        model=job.model,
+        batch_size=batches_of_beams,
+        max_history=job.args.max_history,
+    )
     made = make_pairs(rows, sampler, num_negatives, allow_fewer=True)
     dataset = item_dataset(
         made,
@@ -219,38 +229,6 @@ def _finished(job: TrainingJob, trainer: Any, summary: dict[str, Any]) -> Method
     model = _plain(trainer.accelerator.unwrap_model(trainer.model))
     numbers = {"steps": int(output.global_step), "train_loss": float(output.training_loss)}
     return MethodResult(model, job.tokenizer, summary | numbers)
-
-
-def _sampler(job: TrainingJob, negatives: str, shared: list[int] | None, num_negatives: int, batch_size: int) -> Any:
-    from hf_genrec.alignment.negatives import (
-        BeamNegatives,
-        PopularityNegatives,
-        PrefixNegatives,
-        RandomNegatives,
-        code_groups,
-    )
-
-    tokenizer, seed = job.tokenizer, job.args.seed
-    groups = code_groups(tokenizer)
-    counts = training_counts(job.context.split.train, job.context.num_items)
-    fallback = RandomNegatives(job.context.num_items, groups=groups, seed=seed)
-    if negatives == "random":
-        return fallback
-    if negatives == "popularity":
-        return PopularityNegatives(counts, groups=groups, seed=seed, fallback=fallback)
-    if negatives == "prefix":
-        levels = tokenizer.num_levels
-        least, most = shared or [1, levels - 1]
-        return PrefixNegatives(tokenizer, (least, most), seed=seed, fallback=fallback)
-    return BeamNegatives(
-        job.model,
-        tokenizer,
-        num_beams=max(20, 2 * num_negatives),
-        shared=None if shared is None else (shared[0], shared[1]),
-        batch_size=batch_size,
-        max_history=job.args.max_history,
-        fallback=fallback,
-    )
 
 
 def _reward(job: TrainingJob, name: str, features: str | None) -> Any:
