@@ -7,7 +7,7 @@ Part `step`: the same Llama model, rows (a prompt of items and four labelled tok
 (width 64, two layers, a vocabulary of 2,000 and the items) and `small` (30 million parameters, 49,152 and the items). The
 batches take turns, so that both see the same machine. `item_head` "full" is TRL's loss; "level" is what item-only targets
 allow. Part `head`: forward and backward of the head alone at a vocabulary of 150,000, all three kinds on the same hidden
-states, with the head's weights frozen (LoRA) and trained.
+states, with the head's weights frozen, with the rows of the item tokens trained (`item_lora`), and with all trained.
 
 Figures are medians of processor time of one thread; ratios are inside one run. No part takes a minute of it.
 """
@@ -30,6 +30,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from hf_genrec.alignment.adapters import item_lora
 from hf_genrec.alignment.trainers.item_head import item_log_probs
 from hf_genrec.alignment.trainers.item_sft import ItemSFTConfig, ItemSFTTrainer
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
@@ -154,19 +155,37 @@ def bench_head(args: BenchArguments) -> dict[str, Any]:
     targets = first + torch.arange(args.labels) % (LEVELS * CODES)
     blocks: dict[str, list[tuple[int, int]]] = {"full": [], "items": [(first, args.vocabulary)], "level": levels}
     result: dict[str, Any] = {"vocabulary": args.vocabulary, "width": args.width, "labels": args.labels}
-    for mode in ("frozen", "trained"):
-        head = torch.nn.Linear(args.width, args.vocabulary, bias=False)
-        head.requires_grad_(mode == "trained")
+    for mode in ("frozen", "rows", "trained"):
+        if mode == "rows":
+            head = _head_with_trained_rows(args)
+        else:
+            head = torch.nn.Linear(args.width, args.vocabulary, bias=False).requires_grad_(mode == "trained")
 
-        def run(kind: str, head: torch.nn.Linear = head) -> None:
+        def run(kind: str, head: Any = head) -> None:
             states = hidden.clone().requires_grad_()
             item_log_probs(states, targets, head, blocks[kind]).log_probs.sum().backward()
-            head.weight.grad = None
+            for parameter in head.parameters():
+                parameter.grad = None
 
         seconds = medians({kind: (lambda kind=kind, run=run: run(kind)) for kind in blocks}, args.repeats)
         ratios = {kind: seconds[kind] / seconds["full"] for kind in ("items", "level")}
         result[mode] = {"seconds": seconds, "ratio_to_full": ratios}
     return result
+
+
+def _head_with_trained_rows(args: BenchArguments) -> Any:
+    """The tied head of a model in which LoRA trains the rows of the item tokens alone."""
+    tokenizer = ShiftedItems.from_codes([f"i{item}" for item in range(CODES)], np.tile(np.arange(CODES), (LEVELS, 1)).T)
+    tokenizer.words = args.vocabulary - len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=True,
+    )
+    return item_lora(LlamaForCausalLM(config), tokenizer).base_model.model.get_output_embeddings()
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
