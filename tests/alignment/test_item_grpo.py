@@ -15,6 +15,7 @@ from hf_genrec.alignment.rollouts import item_prompts
 from hf_genrec.alignment.trainers.item_grpo import ItemGRPOConfig, ItemGRPOTrainer, restricted_log_probs
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import recommend
 from hf_genrec.generation.trie import ItemTrie
 
@@ -194,6 +195,10 @@ def test_restricted_log_probabilities_are_those_of_the_search(tmp_path, logprobs
     assert entropy[0, 0].item() == pytest.approx(-(block.exp() * block).sum().item(), abs=1e-5)
     with pytest.raises(IncompatibleComponentsError, match="row 0"):
         restricted_log_probs(logits[:1], torch.tensor([[7, 8, 12]]), trie, TOKENIZER.level_offsets, legal=True)
+    served = causal_lm()
+    served.recommendation_config = RecommendationConfig(**options)
+    assert trainer_of(tmp_path, served, beta=0.1).args.logprobs == logprobs  # follows the search unless told otherwise
+    assert trainer_of(tmp_path, beta=0.1).args.logprobs == "full"
     trainer = trainer_of(tmp_path, logprobs=logprobs, beta=0.1)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "kl" in entry]

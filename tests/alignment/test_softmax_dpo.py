@@ -8,18 +8,32 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_genrec.alignment.trainers.preference_loss import padded_rejected, softmax_preference_loss, step_counts
 from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, SoftmaxPreferenceCollator
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "initializer_range": 0.5,
 }  # fmt: skip
+
+
+def level_logps(model, prompt: list[int], answer: list[int]) -> float:
+    """Sum over an answer of log-probabilities among the codes of each token's level."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0].float()
+    total = 0.0
+    for place, token in enumerate(answer):
+        start = 4 if token < 8 else 8
+        scores = logits[len(prompt) - 1 + place, start : start + 4]
+        total += float(scores.log_softmax(-1)[token - start])
+    return total
 
 
 def item_tokenizer() -> ItemTokenizer:
@@ -110,6 +124,49 @@ def test_loss_stays_finite_where_exponentials_do_not(gap):
 
 
 # --------------------------------------------------------------------------------------------------------- the trainer
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("served", [False, True])
+def test_item_answers_compete_with_their_level_where_the_model_is_served_so(tmp_path, served, precompute):
+    """Loss and log-probabilities by hand; without the option, and for a model that is served otherwise, nothing changes."""
+    model, reference = causal_lm(), causal_lm(seed=1)
+    if served:
+        model.recommendation_config = RecommendationConfig(restrict_to_level=True)
+    data = Dataset.from_dict(
+        {
+            "prompt_ids": [[4, 9], [5, 8, 6, 11]],
+            "chosen_ids": [[7, 10], [4, 8]],
+            "rejected_ids": [[[6, 9], [4, 11]], [[5, 9]]],
+        }
+    )
+    expected_loss, chosen_logps = 0.0, 0.0
+    for row in data:
+        prompt = row["prompt_ids"]
+        ratio = [
+            level_logps(model, prompt, answer) - level_logps(reference, prompt, answer)
+            for answer in (row["chosen_ids"], *row["rejected_ids"])
+        ]
+        expected_loss += math.log(1 + sum(math.exp(0.5 * (one - ratio[0])) for one in ratio[1:])) / 2
+        chosen_logps += level_logps(model, prompt, row["chosen_ids"]) / 2
+    options = {} if served else {"item_head": "level"}
+    options |= {"precompute_ref_log_probs": precompute, "num_train_epochs": 1, "ref_model": reference}
+    losses, logs, _ = train(tmp_path / "a", data, model=model, **options)
+    assert losses[0] == pytest.approx(expected_loss, abs=1e-4)
+    assert logs[0]["logps/chosen"] == pytest.approx(chosen_logps, abs=1e-3)
+    full, _, _ = train(
+        tmp_path / "b", data, model=causal_lm(), **(options | {"item_head": "full", "ref_model": causal_lm(seed=1)})
+    )
+    assert abs(full[0] - expected_loss) > 1e-3
+
+
+def test_adapters_and_their_reference_go_through_the_item_head(tmp_path):
+    model = causal_lm()
+    options = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"]), "num_train_epochs": 1, "learning_rate": 0.0}
+    losses, _, _ = train(tmp_path, rows([2, 3, 1, 2]), model=model, item_head="items", **options)
+    assert losses[0] == pytest.approx((2 * math.log(3) + math.log(4) + math.log(2)) / 4, abs=1e-4)
+    with pytest.raises(TrainingError, match="items"):
+        arguments(tmp_path, item_head="codes")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

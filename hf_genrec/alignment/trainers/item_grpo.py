@@ -41,6 +41,7 @@ from hf_genrec.alignment.rollouts import STRATEGIES, ItemRollouts, answer_tokens
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.decoding.beam_cache import CodeScores
 from hf_genrec.generation.decoding.kernel import child_log_probs
+from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.generation.trie import ItemTrie
 
 from .adapter_reference import whole_reference_adapter
@@ -77,13 +78,17 @@ class ItemGRPOConfig(GuardOptions, GRPOConfig):
     exclude_seen: bool = field(default=False, metadata={"help": "No rollouts from the user's history."})
     add_target: bool = field(default=False, metadata={"help": "Put the target into groups that miss it."})
     answer_eos: bool = field(default=False, metadata={"help": "Answers end with the end token (as in training)."})
-    logprobs: str = field(
-        default="full", metadata={"help": "Softmax of the loss: full, level or legal.", "choices": list(LOGPROBS)}
+    logprobs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Softmax of the loss: full, level or legal; default the one that the model is served with.",
+            "choices": list(LOGPROBS),
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rollouts not in STRATEGIES or self.logprobs not in LOGPROBS:
+        if self.rollouts not in STRATEGIES or self.logprobs not in (None, *LOGPROBS):
             raise TrainingError(
                 f"rollouts={self.rollouts!r}, logprobs={self.logprobs!r}: choose of {STRATEGIES} and of {LOGPROBS}."
             )
@@ -148,11 +153,14 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
                 f"{local} rollouts per process and generation (per_device_train_batch_size * steps_per_generation) are no "
                 f"multiple of num_generations={size}: the rank of an item needs its whole group on one process."
             )
+        base = model.get_base_model() if is_peft_model(model) else model
+        if args.logprobs is None:
+            served = recommendation_config_of(base)
+            args.logprobs = "level" if served.restrict_to_level else "legal" if served.renormalize else "full"
         self._rollouts = self._search(args, processing_class, size)
         self._trie = ItemTrie.from_tokenizer(processing_class)
         self._pending: list[dict[str, Any]] | None = None
         self._drawn: torch.Tensor | None = None
-        base = model.get_base_model() if is_peft_model(model) else model
         self._keeps_few = "logits_to_keep" in inspect.signature(base.forward).parameters
         args.max_completion_length = len(processing_class.codebook_sizes) + int(args.answer_eos)
         # TRL would load the reference from the policy's folder: it is made here, after everything else

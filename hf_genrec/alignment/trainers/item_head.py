@@ -110,6 +110,33 @@ def add_item_head(model: Any, kind: str, tokenizer: Any = None) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def use_item_head_as_fused(model: Any, kind: str, tokenizer: Any) -> None:
+    """Let TRL's call of its fused head, `model(..., labels=labels, fused_lm_head=True)`, go through `add_item_head`.
+
+    For trainers that compare log-probabilities of whole answers (DPO): with "items" or "level" these are the ones that a
+    search with `restrict_to_level` adds up. Call it after TRL's `add_fused_lm_head`.
+
+    Args:
+        model, kind, tokenizer: as for `add_item_head`; `kind` "full" leaves TRL's head where it is.
+    """
+    if kind == "full":
+        return
+    add_item_head(model, kind, tokenizer)
+    previous = model.forward
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return previous(*args, labels=labels, **kwargs)
+        found = previous(*args, labels=labels, item_head=True, **kwargs)
+        there_BT = labels[:, 1:] != -100
+        log_probs_BT = found.log_probs.new_zeros(there_BT.shape).masked_scatter(there_BT, found.log_probs)
+        is_top1_BT = torch.zeros_like(there_BT).masked_scatter(there_BT, found.is_top1)
+        return ItemHeadOutput(log_probs=log_probs_BT, is_top1=is_top1_BT)
+
+    forward.__wrapped__ = previous.__wrapped__  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
 def item_log_probs(
     hidden_nD: torch.Tensor, targets_n: torch.Tensor, head: Any, blocks: Sequence[tuple[int, int]]
 ) -> ItemHeadOutput:

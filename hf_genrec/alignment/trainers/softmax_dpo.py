@@ -11,6 +11,8 @@ PEFT, precomputed references, checkpoints, cards and launching are TRL's.
   size and number of processes leave the trajectory as it is, also when micro-batches differ in size (DPOTrainer averages
   averages).
 * **Guards**: checkpoints whole or absent, a stop at a loss that is not finite, a time budget (`guarded.py`).
+* **Item answers** of a model that is searched with `restrict_to_level` are scored by the same softmax over their level
+  (`item_head`), not by one over a vocabulary whose other tokens were never trained against them.
 * **No cut answers.** A row longer than `max_length` is an error that names the row, where DPOTrainer drops or cuts it.
 
 *Relations*: K = 1 is DPOTrainer with `loss_type="sigmoid"`. `loss_type=["sigmoid", "sft"]` adds the next-token loss of
@@ -39,9 +41,11 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from hf_genrec.alignment.preference_rows import ID_COLUMNS, as_answers, check_answers, check_length
 from hf_genrec.errors import TrainingError
+from hf_genrec.generation.recommend import recommendation_config_of
 
 from .adapter_reference import whole_reference_adapter
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
+from .item_head import ITEM_HEADS, use_item_head_as_fused
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -67,9 +71,18 @@ class SoftmaxDPOConfig(GuardOptions, DPOConfig):
 
     beta: float = field(default=1.0, metadata={"help": "Pull towards the reference; the paper's script uses 1."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    item_head: str | None = field(
+        default=None,
+        metadata={
+            "help": "What item tokens compete with; default level for a model that is served so, else full.",
+            "choices": list(ITEM_HEADS),
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.item_head is not None and self.item_head not in ITEM_HEADS:
+            raise TrainingError(f"item_head is {self.item_head!r}: choose one of {', '.join(ITEM_HEADS)}.")
         check_beta(self.beta)
         if "sigmoid" not in self.loss_type or not set(self.loss_type) <= set(_LOSSES):
             raise TrainingError(
@@ -160,6 +173,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         IncompatibleComponentsError: the reference has another vocabulary than the policy.
     """
 
+    _item_head: str | None
     loss_is_scaled_for_ga = True  # see _get_num_items_in_batch
     _tag_names = ["trl", "dpo", "s-dpo"]
     _name = "S-DPO"
@@ -195,7 +209,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
             data_collator = SoftmaxPreferenceCollator(
                 processing_class.pad_token_id, args.max_length, pad_to_multiple_of=multiple
             )
-        self._most_rejected = 1
+        self._most_rejected, self._item_head = 1, None
         self._rewards = RewardMeter()
         with whole_reference_adapter(model):
             super().__init__(
@@ -207,7 +221,20 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
                 callbacks=[*guard_callbacks(args), *(callbacks or [])],
                 **kwargs,
             )
+        self._use_item_head()
         self._finish_guards()
+
+    def _use_item_head(self) -> None:
+        if self._item_head is not None:
+            return
+        inner: Any = self.model
+        inner = inner.get_base_model() if is_peft_model(inner) else inner
+        args: Any = self.args
+        level = recommendation_config_of(inner).restrict_to_level
+        self._item_head = args.item_head or ("level" if level else "full")
+        for part in (inner, self.ref_model):
+            if part is not None:
+                use_item_head_as_fused(part, self._item_head, self.processing_class)
 
     # ---------------------------------------------------------------------------------------------------------- data
 
@@ -239,6 +266,9 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
                 f"the {name} dataset lives in memory, and several processes cannot share precomputed log-probabilities "
                 "then: write it with save_pairs and train on load_pairs(path)."
             )
+        self._use_item_head()
+        if self._item_head != "full":  # a cached file of the other softmax must not be taken
+            self._precompute_model_hash = f"{self._precompute_model_hash}-{self._item_head}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     # ---------------------------------------------------------------------------------------------------------- loss

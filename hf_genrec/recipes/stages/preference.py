@@ -94,7 +94,7 @@ def grpo(
     beta: float = 1e-3,
     rollouts: str = "beam",
     add_target: bool = False,
-    logprobs: str = "full",
+    logprobs: str | None = None,
     sft_weight: float = 0.0,
     prompts: int | None = None,
     targets: str = "all",
@@ -109,7 +109,7 @@ def grpo(
         beta: weight of the KL term.
         rollouts: "beam", or "sample" (without replacement).
         add_target: put the target into groups that miss it.
-        logprobs: "full", "level" or "legal": the softmax of the loss (language models).
+        logprobs: "full", "level" or "legal": the softmax of the loss (language models); default the one of the search.
         sft_weight: weight of the next-token loss of the targets (encoder-decoders).
         prompts: a random part of so many prompts; default all.
         targets: "all", or "last".
