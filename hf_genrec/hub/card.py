@@ -144,6 +144,8 @@ def _naming(tokenizer: Any) -> str:
     sizes = list(tokenizer.codebook_sizes)
     if len(sizes) > 4 and len(set(sizes)) == 1:
         return f"{len(sizes)} codes each ({len(sizes)} codebooks of {sizes[0]})"
+    if len(sizes) == 1:
+        return f"one code each (of {sizes[0]:,})"
     return f"{len(sizes)} codes each (codebooks {' × '.join(map(str, sizes))})"
 
 
