@@ -76,14 +76,10 @@ class LanguagePartsConfig:
         return len(self.codebook_sizes)
 
 
-class ItemTextsMixin:
-    """Embeddings and catalogue of models with a `language_model` and a buffer `item_tokens` (N, L), -1 behind the end.
-
-    Put it before PreTrainedModel among the bases.
-    """
+class LanguageEmbeddingsMixin:
+    """Embeddings of models with a `language_model` are those of it. Put it before PreTrainedModel among the bases."""
 
     language_model: Any
-    item_tokens: Tensor
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -96,6 +92,12 @@ class ItemTextsMixin:
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
+
+
+class ItemTextsMixin(LanguageEmbeddingsMixin):
+    """Catalogue of models with a `language_model` and a buffer `item_tokens` (N, L), -1 behind the end."""
+
+    item_tokens: Tensor
 
     def forget_catalogue(self) -> None:
         """Called when the item texts change: drop what was derived from them."""

@@ -38,6 +38,7 @@ from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.models.catalogue import catalogue_values
 from hf_genrec.models.item_scores import ItemCodesMixin
 from hf_genrec.models.item_timeline import newest_items, whole_items
+from hf_genrec.models.language_parts import LanguageEmbeddingsMixin
 
 from .configuration_candidate_ranker import CandidateRankerConfig
 from .injection import EmbeddingInjector, embed_text
@@ -57,7 +58,9 @@ class RankerState:
     user_BU: Tensor | None
 
 
-class CandidateRankerForCausalLM(CandidateScoresMixin, ItemCodesMixin, RecommendationMixin, PreTrainedModel):
+class CandidateRankerForCausalLM(
+    CandidateScoresMixin, ItemCodesMixin, LanguageEmbeddingsMixin, RecommendationMixin, PreTrainedModel
+):
     """The ranker. `language_model` and `retriever` are whole models and can be saved and served alone."""
 
     config_class = CandidateRankerConfig  # not an annotation: see the other models
@@ -134,18 +137,6 @@ class CandidateRankerForCausalLM(CandidateScoresMixin, ItemCodesMixin, Recommend
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
 
     # -- making one -------------------------------------------------------------------------------------------------
 

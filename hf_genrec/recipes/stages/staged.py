@@ -40,7 +40,7 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
     """
     folder = Path(str(job.args.output_dir))
     model, tokenizer, summaries, before = job.model, job.tokenizer, [], None
-    shares = sum(float(stage.get("share") or 1.0) for stage in stages)
+    shares = [float(stage.get("share", 1.0)) for stage in stages]
     for number, stage in enumerate(stages):
         name = stage["method"]
         place = folder / f"stage-{number + 1}-{name}"
@@ -51,7 +51,7 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
         else:
             if not job.args.disable_tqdm:
                 print(f"[training, stage {number + 1} of {len(stages)}: {name}] ...", flush=True)
-            result = _run(job, model, tokenizer, place, stage, float(stage.get("share") or 1.0) / shares)
+            result = _run(job, model, tokenizer, place, stage, shares[number] / sum(shares))
             model, tokenizer, summary = result.model, result.tokenizer, result.summary
         report = _ranked(job, model, tokenizer, f"after {name}")
         if report is not None:
