@@ -9,11 +9,11 @@ from transformers import TrainingArguments
 
 from hf_genrec.errors import TrainingError
 
-from .callbacks import check_guard_options
+from .callbacks import GuardFields, check_guard_options
 
 
 @dataclass
-class RecommenderTrainingArguments(TrainingArguments):
+class RecommenderTrainingArguments(GuardFields, TrainingArguments):
     """Arguments of RecommenderTrainer. All of transformers' apply; these defaults differ and these options are new.
 
     Evaluation and saving happen per epoch, the best checkpoint by NDCG@10 is loaded at the end, batches are bucketed by
@@ -59,20 +59,6 @@ class RecommenderTrainingArguments(TrainingArguments):
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the validation search (at least max eval_ks)."})
     eval_exclude_seen: bool = field(default=True, metadata={"help": "Rank without the items of the user's history."})
     eval_users: int | None = field(default=None, metadata={"help": "Rank a fixed random part of the users; None: all."})
-    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    max_train_seconds: float | None = field(
-        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
-    )
-    train_clock: str = field(
-        default="wall",
-        metadata={
-            "help": "What max_train_seconds counts: wall, or cpu (processor seconds, comparable on a busy machine).",
-            "choices": ["wall", "cpu"],
-        },
-    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Validate and keep the moving average of the weights (0.99 to 0.999)."}
     )

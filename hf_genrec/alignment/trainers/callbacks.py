@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
@@ -198,6 +199,26 @@ class MovingProgressCallback(ProgressCallback):
         if self.training_bar is not None and self.training_bar.total != state.max_steps:
             self.training_bar.total = state.max_steps
         super().on_step_end(args, state, control, **kwargs)
+
+
+@dataclass
+class GuardFields:
+    """Options of every guarded run, for our arguments and TRL's; `check_guard_options` checks them."""
+
+    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    max_train_seconds: float | None = field(
+        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
+    )
+    train_clock: str = field(
+        default="wall",
+        metadata={
+            "help": "What max_train_seconds counts: wall, or cpu (processor seconds, comparable on a busy machine).",
+            "choices": ["wall", "cpu"],
+        },
+    )
 
 
 def check_guard_options(args: Any) -> None:

@@ -23,6 +23,7 @@ from hf_genrec.errors import TrainingError
 
 from .callbacks import (
     EpochCallback,
+    GuardFields,
     MovingProgressCallback,
     SparseEvaluationCallback,
     TimeBudgetCallback,
@@ -35,21 +36,11 @@ _ACCELERATOR_CHECK_STEPS = 16
 
 
 @dataclass
-class GuardOptions:
+class GuardOptions(GuardFields):
     """Fields that a guarded run adds to the arguments of a TRL trainer: put it before TRL's class among the bases."""
 
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Early stopping and time budget go on where they were."}
-    )
-    eval_epochs: int = field(default=1, metadata={"help": "With eval_strategy epoch: every so many epochs."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    max_train_seconds: float | None = field(
-        default=None, metadata={"help": "Upper bound of the training time; the schedule is annealed to fit it."}
-    )
-    train_clock: str = field(
-        default="wall", metadata={"help": "What max_train_seconds counts.", "choices": ["wall", "cpu"]}
     )
 
     def __post_init__(self) -> None:
