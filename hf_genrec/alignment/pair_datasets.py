@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from hf_genrec.data.sequences import Sequences
 from hf_genrec.errors import TrainingError
 from hf_genrec.identifiers.catalogue import item_token
 from hf_genrec.identifiers.extend import encode_segments
 
 from .pairs import PreferencePairs
-from .preference_rows import check_answers
+from .preference_rows import WINDOW, check_answers
 
 
 def item_dataset(
@@ -35,6 +36,7 @@ def item_dataset(
     max_history: int | None = None,
     max_prompt_tokens: int | None = None,
     answer_eos: bool = False,
+    window: int | None = None,
 ) -> Dataset:
     """Pairs for models with item tokens: prompts are histories, answers are items.
 
@@ -45,10 +47,14 @@ def item_dataset(
         max_history: newest items kept.
         max_prompt_tokens: longest prompt; the oldest items go, never a part of one.
         answer_eos: end answers with the end token (chat models; TRL's DPOTrainer adds it to text anyway).
+        window: cut histories at every so many items of a user instead of keeping the newest, so that the prompts of one
+            window are beginnings of one another and can share a pass (`after` has to be empty); pairs of a user stand
+            together, with whole histories. No longer than `max_history`, where that is given.
 
     Returns:
         Columns `prompt`, `chosen`, `rejected` (text; `rejected` a list, or one answer when no pair has more),
-        `prompt_ids`, `chosen_ids`, `rejected_ids`, and `chosen_item`, `rejected_items` (ids of the catalogue).
+        `prompt_ids`, `chosen_ids`, `rejected_ids`, and `chosen_item`, `rejected_items` (ids of the catalogue); with
+        `window` also `window` (number of the user's window).
 
     Raises:
         TrainingError: items that share a code as chosen and rejected, or a prompt that cannot be cut (row named).
@@ -58,7 +64,47 @@ def item_dataset(
     texts = ["".join(item_token(level, code) for level, code in enumerate(row) if code >= 0) for row in tokenizer.codes]
     pieces = _Pieces(tokens, texts, _template(tokenizer, before), [], _template(tokenizer, after), before, "", after)
     eos = [tokenizer.eos_token_id] if answer_eos else []
-    return _dataset(pairs, pieces, tokenizer.item_ids, eos, max_history, max_prompt_tokens)
+    if window is None:
+        return _dataset(pairs, pieces, tokenizer.item_ids, eos, max_history, max_prompt_tokens)
+    if after:
+        raise TrainingError(
+            "window: the template puts text behind the history, so no prompt begins another; leave it out."
+        )
+    if pairs.users is None:
+        raise TrainingError("window: these pairs do not say whose they are; make them with make_pairs.")
+    window = window if max_history is None else min(window, max_history)
+    histories, numbers = cut_at_windows(pairs.histories, pairs.users, window)
+    cut = replace(pairs, histories=histories)
+    dataset = _dataset(cut, pieces, tokenizer.item_ids, eos, max_history, max_prompt_tokens)
+    return dataset.add_column(WINDOW, numbers.tolist())
+
+
+def cut_at_windows(histories: Sequences, users: np.ndarray, window: int) -> tuple[Sequences, np.ndarray]:
+    """Cut histories at every `window` items of a user: of n items the last `1 + (n - 1) % window` stay.
+
+    Args:
+        histories: M whole histories, those of a user side by side.
+        users: (M,) whose they are.
+        window: items.
+
+    Returns:
+        M cut histories, and (M,) the number of each row's window, counted through.
+
+    Raises:
+        TrainingError: a window below 1.
+
+    Example:
+        >>> histories = Sequences.from_rows([[5], [5, 6], [5, 6, 7], [8]])
+        >>> cut, numbers = cut_at_windows(histories, np.array([0, 0, 0, 1]), 2)
+        >>> [row.tolist() for row in cut], numbers.tolist()
+        ([[5], [5, 6], [7], [8]], [0, 0, 1, 2])
+    """
+    if window < 1:
+        raise TrainingError(f"window={window}: give at least 1 item.")
+    starts_M = (histories.lengths - 1) // window * window
+    new_M = np.r_[True, (users[1:] != users[:-1]) | (starts_M[1:] != starts_M[:-1])]
+    cut = histories.select(histories.offsets[:-1] + starts_M, histories.lengths - starts_M)
+    return cut, np.cumsum(new_M) - 1
 
 
 def text_dataset(

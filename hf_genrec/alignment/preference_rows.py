@@ -16,6 +16,7 @@ from hf_genrec.errors import TrainingError
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+WINDOW = "window"  # optional column: rows of one window have prompts that are beginnings of one another
 
 
 def as_answers(rejected: Any) -> list[Any]:

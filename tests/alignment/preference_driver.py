@@ -1,6 +1,6 @@
 """Trains on preference rows and writes the logged losses; started by `torchrun` with any number of processes.
 
-Usage: preference_driver.py OUTPUT_DIR {softmax|seq2seq} PER_DEVICE_BATCH
+Usage: preference_driver.py OUTPUT_DIR {softmax|windows|seq2seq} PER_DEVICE_BATCH
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def main(folder: str, kind: str, size: int) -> None:
             time.sleep(0.05)
         cached = Dataset.from_parquet(file, cache_dir=str(Path(folder, "cache")))
         _, logs, trainer = train(folder, cached, ref_model=causal_lm(seed=1), **options, **more)
+    elif kind == "windows":
+        from test_softmax_dpo import causal_lm, one_token_rows, train
+
+        data = one_token_rows(rows_of_a_user=8, users=4)
+        _, logs, trainer = train(folder, data, ref_model=causal_lm(seed=1), num_train_epochs=1, **options)
+        assert len(next(iter(trainer.get_train_dataloader()))["input_ids"]) == 1
     else:
         from test_seq2seq_preference import TOKENIZER, data, tiger, train
 

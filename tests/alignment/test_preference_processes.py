@@ -31,7 +31,7 @@ def run(folder: Path, kind: str, processes: int, size: int) -> list[list[float]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["softmax", "seq2seq"])
+@pytest.mark.parametrize("kind", ["softmax", "windows", "seq2seq"])
 def test_two_processes_are_one(tmp_path, kind):
     one, two = run(tmp_path / "one", kind, 1, 8), run(tmp_path / "two", kind, 2, 4)
     assert len(one) == len(two) == 4

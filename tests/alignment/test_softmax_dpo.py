@@ -332,6 +332,116 @@ def test_text_and_messages_are_encoded_behind_one_prompt(tmp_path, chat):
     assert losses[0] == pytest.approx(math.log(3), abs=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------------ shared prompts
+
+
+def one_token_rows(rows_of_a_user: int = 5, users: int = 3) -> Dataset:
+    """Windows of growing prompts: answers of one token, 1 to 3 rejected."""
+    generator = torch.Generator().manual_seed(3)
+    table = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "window": []}
+    for user in range(users):
+        items = (4 + torch.randint(4, (rows_of_a_user + 1,), generator=generator)).tolist()
+        for end in range(1, rows_of_a_user + 1):
+            others = [token for token in torch.randperm(4, generator=generator).add(4).tolist() if token != items[end]]
+            table["prompt_ids"].append(items[:end])
+            table["chosen_ids"].append([items[end]])
+            table["rejected_ids"].append([[token] for token in others[: 1 + end % 3]])
+            table["window"].append(user)
+    return Dataset.from_dict(table)
+
+
+@pytest.mark.parametrize("head", ["full", "level"])
+@pytest.mark.parametrize("reference", ["copy", "precomputed", "adapter"])
+def test_shared_prompts_train_as_a_pass_per_answer_does(tmp_path, head, reference):
+    data = one_token_rows().remove_columns("window")
+    options = {"item_head": head, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    if reference == "precomputed":
+        options["precompute_ref_log_probs"] = True
+    if reference == "adapter":
+        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    kept = {}
+    for shared in (False, True):
+        torch.manual_seed(0)
+        folder = tmp_path / str(shared)
+        _, logs, trainer = train(folder, data, model=causal_lm(), share_prompts=shared, **options)
+        batch = trainer.data_collator([data[row] for row in range(5)])
+        assert ("answer_tokens" in batch) is shared and len(batch["input_ids"]) == (1 if shared else 5 + 11)
+        kept[shared] = logs, [parameter.detach() for parameter in trainer.model.parameters()]
+    for one, other in zip(kept[False][0], kept[True][0]):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/rejected", "mean_token_accuracy"):
+            assert other[name] == pytest.approx(one[name], abs=2e-5, rel=1e-4), name
+    for one, other in zip(kept[False][1], kept[True][1]):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_prompts_are_shared_only_where_scores_stay_what_they_are(tmp_path):
+    """Left padding gives the same answers' scores; answers of two tokens and prompt tuning keep a pass per answer."""
+    from peft import PromptTuningConfig
+
+    data, model = one_token_rows().remove_columns("window"), causal_lm()
+    examples = [data[row] for row in (4, 0, 9, 12)]
+    found = []
+    for side in ("right", "left"):
+        collator = SoftmaxPreferenceCollator(0, padding_side=side, pad_to_multiple_of=8, share_prompts=True)
+        batch = collator(examples)
+        assert len(batch["input_ids"]) == 3
+        mask_HT = batch["attention_mask"]
+        places_HT = (mask_HT.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_HT, "position_ids": places_HT}
+            logits = model(**inputs).logits.log_softmax(-1)
+        found.append(logits[batch["answer_rows"], batch["answer_places"], batch["answer_tokens"]])
+    torch.testing.assert_close(found[0], found[1])
+    collator = SoftmaxPreferenceCollator(0, share_prompts=True)
+    assert "answer_tokens" not in collator([rows([2])[0], examples[0]])
+    tuning = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    _, _, trainer = train(tmp_path, data, peft_config=tuning, max_steps=1)
+    assert not trainer.data_collator.share_prompts
+
+
+def test_rows_of_a_window_come_together(tmp_path):
+    data = one_token_rows(rows_of_a_user=4, users=6)
+    _, _, trainer = train(tmp_path, data, max_steps=1)
+    orders = []
+    for epoch in (0, 1):
+        sampler = trainer._get_train_sampler()
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(24))
+        windows = [data["window"][row] for row in order]
+        assert all(len(set(windows[start : start + 4])) == 1 for start in range(0, 24, 4))
+        orders.append(order)
+    assert orders[0] != orders[1]
+    first = next(iter(trainer.get_train_dataloader()))
+    assert len(first["input_ids"]) == 1 and len(first["rejected_counts"]) == 4  # a batch of one window is one pass
+    _, _, other = train(tmp_path, data, max_steps=1, share_prompts=False)
+    assert not hasattr(other._get_train_sampler(), "starts")
+
+
+def test_windows_of_pairs_share_their_prompts():
+    from hf_genrec.alignment.negatives import RandomNegatives
+    from hf_genrec.alignment.pair_datasets import item_dataset
+    from hf_genrec.alignment.pairs import make_pairs, next_items
+    from hf_genrec.data.sequences import Sequences
+
+    tokenizer = ItemTokenizer.from_codes([f"i{i}" for i in range(16)], [[i] for i in range(16)])
+    train_rows = next_items(Sequences.from_rows([list(range(8)), [3, 9, 4]]))
+    pairs = make_pairs(train_rows, RandomNegatives(16, seed=0), 2)
+    data = item_dataset(pairs, tokenizer, window=3)
+    plain = item_dataset(pairs, tokenizer, max_history=3)
+    assert data["window"] == [0, 0, 0, 1, 1, 1, 2, 3, 3]
+    assert [len(prompt) for prompt in data["prompt_ids"]] == [1, 2, 3, 1, 2, 3, 1, 1, 2]
+    for row, other in zip(data, plain):
+        assert row["prompt_ids"] == other["prompt_ids"][-len(row["prompt_ids"]) :]
+        assert row["chosen_ids"] == other["chosen_ids"] and row["rejected_ids"] == other["rejected_ids"]
+    batch = SoftmaxPreferenceCollator(0, share_prompts=True)([data[row] for row in range(6)])
+    assert batch["input_ids"].shape == (2, 3) and batch["answer_rows"].tolist()[:6] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(TrainingError, match="behind the history"):
+        item_dataset(pairs, tokenizer, window=3, after=" next")
+    with pytest.raises(TrainingError, match="at least 1"):
+        item_dataset(pairs, tokenizer, window=0)
+
+
 def test_counts_of_a_step():
     class One:
         num_processes = 1

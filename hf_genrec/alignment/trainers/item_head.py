@@ -32,6 +32,7 @@ from trl.kernels import ChunkedLogProbFunction
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 
 ITEM_HEADS = ("full", "items", "level")
+ANSWERS = ("answer_rows", "answer_places", "answer_tokens")
 
 _COLUMNS = 32768  # of the vocabulary at a time, as TRL does
 _OUTPUTS = ("log_probs", "is_top1")
@@ -63,8 +64,9 @@ def has_plain_head(model: Any) -> bool:
 def add_item_head(model: Any, kind: str, tokenizer: Any = None) -> None:
     """Let `model(..., labels=labels, item_head=True)` return an ItemHeadOutput; without `item_head` nothing changes.
 
-    Labels (B, T) are shifted here: the label at place t is predicted from the tokens before it; -100 is left out. Call it
-    with the model itself, before or after PEFT wraps it.
+    Labels (B, T) are shifted here: the label at place t is predicted from the tokens before it; -100 is left out. Instead
+    of labels, `answer_rows`, `answer_places`, `answer_tokens` (n,) name tokens and the input places behind which they are
+    scored, any number at one place. Call it with the model itself, before or after PEFT wraps it.
 
     Args:
         model: causal LM with a plain head.
@@ -101,10 +103,14 @@ def add_item_head(model: Any, kind: str, tokenizer: Any = None) -> None:
         if not item_head:
             return previous(*args, **kwargs) if labels is None else previous(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
-        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        answers = [kwargs.pop(name, None) for name in ANSWERS]
+        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
+        if answers[0] is not None:
+            rows_n, places_n, targets_n = answers
+            return item_log_probs(hidden_BTD[rows_n, places_n], targets_n, self.get_output_embeddings(), levels)
         labels = labels[:, 1:]
         there = labels != -100
-        return item_log_probs(hidden_BTD[there], labels[there], self.get_output_embeddings(), levels)
+        return item_log_probs(hidden_BTD[:, :-1][there], labels[there], self.get_output_embeddings(), levels)
 
     forward.__wrapped__ = getattr(previous, "__wrapped__", type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
@@ -114,20 +120,25 @@ def use_item_head_as_fused(model: Any, kind: str, tokenizer: Any) -> None:
     """Let TRL's call of its fused head, `model(..., labels=labels, fused_lm_head=True)`, go through `add_item_head`.
 
     For trainers that compare log-probabilities of whole answers (DPO): with "items" or "level" these are the ones that a
-    search with `restrict_to_level` adds up. Call it after TRL's `add_fused_lm_head`.
+    search with `restrict_to_level` adds up. Call it after TRL's `add_fused_lm_head`. Batches with `answer_tokens`
+    (`shared_prompts.py`) get log_probs and is_top1 as (A, 1).
 
     Args:
-        model, kind, tokenizer: as for `add_item_head`; `kind` "full" leaves TRL's head where it is.
+        model, kind, tokenizer: as for `add_item_head`; `kind` "full" leaves labels to TRL's head.
     """
-    if kind == "full":
-        return
+    fused = model.forward
     add_item_head(model, kind, tokenizer)
     previous = model.forward
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        shared = kwargs.get("answer_tokens") is not None
         if not fused_lm_head:
             return previous(*args, labels=labels, **kwargs)
+        if kind == "full" and not shared:
+            return fused(*args, labels=labels, fused_lm_head=True, **kwargs)
         found = previous(*args, labels=labels, item_head=True, **kwargs)
+        if shared:
+            return ItemHeadOutput(log_probs=found.log_probs[:, None], is_top1=found.is_top1[:, None])
         there_BT = labels[:, 1:] != -100
         log_probs_BT = found.log_probs.new_zeros(there_BT.shape).masked_scatter(there_BT, found.log_probs)
         is_top1_BT = torch.zeros_like(there_BT).masked_scatter(there_BT, found.is_top1)

@@ -13,6 +13,8 @@ PEFT, precomputed references, checkpoints, cards and launching are TRL's.
 * **Guards**: checkpoints whole or absent, a stop at a loss that is not finite, a time budget (`guarded.py`).
 * **Item answers** of a model that is searched with `restrict_to_level` are scored by the same softmax over their level
   (`item_head`), not by one over a vocabulary whose other tokens were never trained against them.
+* **Answers of one token** (items with one code, letters) are all scored from one pass over their prompt, and rows whose
+  prompts are beginnings of one another share it (`shared_prompts.py`): the same losses for a fraction of the work.
 * **No cut answers.** A row longer than `max_length` is an error that names the row, where DPOTrainer drops or cuts it.
 
 *Relations*: K = 1 is DPOTrainer with `loss_type="sigmoid"`. `loss_type=["sigmoid", "sft"]` adds the next-token loss of
@@ -39,13 +41,13 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
-from hf_genrec.alignment.preference_rows import ID_COLUMNS, as_answers, check_answers, check_length
+from hf_genrec.alignment.preference_rows import ID_COLUMNS, WINDOW, as_answers, check_answers, check_length
 from hf_genrec.errors import TrainingError
 from hf_genrec.generation.recommend import recommendation_config_of
 
 from .adapter_reference import whole_reference_adapter
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
-from .item_head import ITEM_HEADS, use_item_head_as_fused
+from .item_head import ITEM_HEADS, has_plain_head, use_item_head_as_fused
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -54,6 +56,7 @@ from .preference_loss import (
     softmax_preference_loss,
     step_counts,
 )
+from .shared_prompts import WindowSampler, shared_prompt_batch
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,10 @@ class SoftmaxDPOConfig(GuardOptions, DPOConfig):
             "help": "What item tokens compete with; default level for a model that is served so, else full.",
             "choices": list(ITEM_HEADS),
         },
+    )
+
+    share_prompts: bool = field(
+        default=True, metadata={"help": "Score answers of one token from one pass over the prompts they share."}
     )
 
     def __post_init__(self) -> None:
@@ -108,10 +115,11 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
         max_length: most tokens of a row; a longer one is an error, never cut.
         padding_side: "right", as TRL pads, or "left" (the same losses for models with relative positions).
         pad_to_multiple_of: width of the batch.
+        share_prompts: batches whose answers are one token each come as `shared_prompt_batch` makes them.
 
     Returns:
-        `rejected_counts` and `chosen_tokens` (B,); `input_ids`, `attention_mask`, `completion_mask` (A, T); where the
-        rows have them `ref_chosen_logps` (B,) and `ref_rejected_logps` (B, K).
+        `rejected_counts` and `chosen_tokens` (B,); `input_ids`, `attention_mask`, `completion_mask` (A, T), or what
+        `shared_prompt_batch` returns; where the rows have them `ref_chosen_logps` (B,) and `ref_rejected_logps` (B, K).
 
     Example:
         >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [[4], [5, 6]]}]
@@ -125,6 +133,7 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
     padding_side: str = "right"
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
+    share_prompts: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rejected = [as_answers(example["rejected_ids"]) for example in examples]
@@ -133,23 +142,38 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
             sizes = [len(chosen[place]), *map(len, answers)]
             check_length(f"{place} of a batch", len(example["prompt_ids"]), sizes, self.max_length)
         prompts = [example["prompt_ids"] for example in examples]
-        pairs = list(zip(prompts, chosen))
-        pairs += [(prompt, answer) for prompt, answers in zip(prompts, rejected) for answer in answers]
         # first, because Trainer reads the batch size off the first tensor: B prompts, not A answers
         batch = {
             "rejected_counts": torch.tensor([len(answers) for answers in rejected]),
             "chosen_tokens": torch.tensor([len(answer) for answer in chosen]),
         }
-        ids = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
-        masks = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in pairs]
-        options: dict[str, Any] = {"padding_side": self.padding_side, "pad_to_multiple_of": self.pad_to_multiple_of}
-        batch["input_ids"] = pad(ids, padding_value=self.pad_token_id, **options)
-        batch["attention_mask"] = pad([torch.ones_like(mask) for mask in masks], padding_value=0, **options)
-        batch["completion_mask"] = pad(masks, padding_value=0, **options)
+        if self.share_prompts and all(len(answer) == 1 for answers in [chosen, *rejected] for answer in answers):
+            batch |= shared_prompt_batch(
+                prompts,
+                [answer[0] for answer in chosen],
+                [[answer[0] for answer in answers] for answers in rejected],
+                pad_token_id=self.pad_token_id,
+                left=self.padding_side == "left",
+                multiple_of=self.pad_to_multiple_of,
+            )
+        else:
+            batch |= self._answers_behind_prompts(prompts, chosen, rejected)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
         return batch
+
+    def _answers_behind_prompts(self, prompts: list, chosen: list, rejected: list[list]) -> dict[str, torch.Tensor]:
+        pairs = list(zip(prompts, chosen))
+        pairs += [(prompt, answer) for prompt, answers in zip(prompts, rejected) for answer in answers]
+        ids = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
+        masks = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in pairs]
+        options: dict[str, Any] = {"padding_side": self.padding_side, "pad_to_multiple_of": self.pad_to_multiple_of}
+        return {
+            "input_ids": pad(ids, padding_value=self.pad_token_id, **options),
+            "attention_mask": pad([torch.ones_like(mask) for mask in masks], padding_value=0, **options),
+            "completion_mask": pad(masks, padding_value=0, **options),
+        }
 
 
 class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
@@ -207,7 +231,10 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
                 processing_class.pad_token = processing_class.eos_token
             multiple: Any = args.pad_to_multiple_of
             data_collator = SoftmaxPreferenceCollator(
-                processing_class.pad_token_id, args.max_length, pad_to_multiple_of=multiple
+                processing_class.pad_token_id,
+                args.max_length,
+                pad_to_multiple_of=multiple,
+                share_prompts=args.share_prompts,
             )
         self._most_rejected, self._item_head = 1, None
         self._rewards = RewardMeter()
@@ -232,6 +259,18 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         args: Any = self.args
         level = recommendation_config_of(inner).restrict_to_level
         self._item_head = args.item_head or ("level" if level else "full")
+        if self.aux_loss_enabled and self._item_head != "full":
+            raise TrainingError(
+                f"item_head={self._item_head!r} leaves out the experts' loss of {type(inner).__name__}: use 'full', or "
+                "set router_aux_loss_coef=0."
+            )
+        collator: Any = self.data_collator
+        if getattr(collator, "share_prompts", False):  # not where places move, or the head gives more than a score
+            collator.share_prompts = not (_has_virtual_tokens(self.model) or self.aux_loss_enabled) and all(
+                has_plain_head(part) for part in (inner, self.ref_model) if part is not None
+            )
+            if self._item_head == "full" and not collator.share_prompts:
+                return
         for part in (inner, self.ref_model):
             if part is not None:
                 use_item_head_as_fused(part, self._item_head, self.processing_class)
@@ -257,6 +296,14 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         if isinstance(dataset, Dataset):
             self._most_rejected = max(self._most_rejected, *map(len, dataset["rejected_ids"]))
         return dataset
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows of one window come together, so that their prompts share a pass."""
+        dataset: Any = self.train_dataset  # the one handed in has lost the columns that the collator does not read
+        if not self.args.share_prompts or WINDOW not in (getattr(dataset, "column_names", None) or ()):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return WindowSampler(dataset[WINDOW], seed)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ()):
@@ -321,7 +368,10 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss * prompts / step_prompts
 
-        hits_B = (outputs.is_top1[:prompts, -width:] & completion_mask_AT[:prompts, 1:].bool()).sum(dim=1)
+        if "answer_tokens" in model_inputs:
+            hits_B = outputs.is_top1[:prompts, 0]
+        else:
+            hits_B = (outputs.is_top1[:prompts, -width:] & completion_mask_AT[:prompts, 1:].bool()).sum(dim=1)
         accuracy = (hits_B / inputs["chosen_tokens"]).sum()
         rewards = (self.beta * ratios_B.detach(), self.beta * ratios_BK.detach(), there_BK)
         extra = {"mean_token_accuracy": accuracy}
@@ -379,6 +429,10 @@ def _text_row(example: dict[str, Any], row: int, tokenizer: Any, max_length: int
     check_answers(row, prompt_ids[:shared], ids[0], ids[1:])
     check_length(row, shared, [len(answer) for answer in ids], max_length)
     return {"prompt_ids": prompt_ids[:shared], "chosen_ids": ids[0], "rejected_ids": ids[1:]}
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def _check_models(model: Any, ref_model: Any) -> None:

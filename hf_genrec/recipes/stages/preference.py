@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_genrec.alignment.negatives import NEGATIVES, named_sampler
+from hf_genrec.alignment.pair_datasets import cut_at_windows, item_dataset
 from hf_genrec.alignment.pairs import make_pairs, next_items
 from hf_genrec.errors import RecipeError
 from hf_genrec.evaluation.evaluator import training_counts
@@ -39,16 +40,16 @@ def softmax_dpo(
         shared: least and most leading codes in common with the chosen item, for "beam" and "prefix".
         beta: pull towards the reference, the model as it comes.
         sft_weight: weight of the next-token loss of the chosen answer.
-        pairs: a random part of so many pairs; default all.
+        pairs: a random part of about so many pairs; default all.
         targets: "all", or "last": the newest item of each user alone.
         batches_of_beams: users searched together for "beam".
     """
-    from hf_genrec.alignment.pair_datasets import item_dataset
-
     if negatives not in NEGATIVES:
         raise RecipeError(f"training.method_options.negatives: {negatives!r}: choose one of {', '.join(NEGATIVES)}.")
     split, tokenizer = job.context.split, job.tokenizer
-    rows = part_of_rows(next_items(split.train, targets=targets), pairs, job.args.seed)  # type: ignore[arg-type]
+    rows = next_items(split.train, targets=targets)  # type: ignore[arg-type]
+    window = _window(job)
+    rows = part_of_rows(rows, pairs, job.args.seed, window=window)
     sampler = named_sampler(
         negatives,
         tokenizer,
@@ -67,6 +68,7 @@ def softmax_dpo(
         before=getattr(tokenizer, "history_before", ""),
         after=getattr(tokenizer, "history_after", ""),
         max_history=job.args.max_history,
+        window=window,
     )
     summary = {"method": "softmax_dpo", "pairs": len(dataset), "negatives": negatives, "beta": beta}
     if job.model.config.is_encoder_decoder:
@@ -203,11 +205,25 @@ def iterative_preference(
 # ------------------------------------------------------------------------------------------------------------- shared
 
 
-def part_of_rows(rows: Any, count: int | None, seed: int) -> Any:
-    """A random part of an `EvaluationSet`, in its order; all of it for None."""
+def part_of_rows(rows: Any, count: int | None, seed: int, *, window: int | None = None) -> Any:
+    """A random part of an `EvaluationSet`, in its order; all of it for None; with `window` whole windows of users."""
     if count is None or count >= len(rows):
         return rows
-    return rows.take(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))
+    rng = np.random.default_rng(seed)
+    if window is None:
+        return rows.take(np.sort(rng.permutation(len(rows))[:count]))
+    _, numbers = cut_at_windows(rows.histories, rows.users, window)
+    drawn = rng.permutation(int(numbers[-1]) + 1)
+    taken = drawn[np.cumsum(np.bincount(numbers)[drawn]) <= count]
+    return rows.take(np.isin(numbers, taken if len(taken) else drawn[:1]))
+
+
+def _window(job: TrainingJob) -> int | None:
+    """Items of a window whose pairs share a pass: for models trained on windows, with one token per item."""
+    tokenizer = job.tokenizer
+    if job.model.config.is_encoder_decoder or getattr(tokenizer, "history_after", "") or tokenizer.num_levels > 1:
+        return None
+    return job.args.max_history if options_of(job.recipe).windows else None
 
 
 def _adapted(job: TrainingJob) -> Any:
