@@ -63,6 +63,12 @@ class HistoryArguments:
     answer_eos: bool = field(
         default=False, metadata={"help": "Answers end with the end token, for artefacts trained with end_items."}
     )
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut histories at every so many items: the pairs of a window share a pass (1 token per item)."
+        },
+    )
 
 
 def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dict[str, Any] | None:
@@ -89,7 +95,8 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
 
     with run.stage("pairs"):  # once, by one process: all processes and a resumed run read the same files
         folder = Path(args.output_dir)
-        parts = {"pairs": part_of_rows(next_items(split.train, targets=script.targets), script.num_pairs, args.seed)}
+        rows, window = next_items(split.train, targets=script.targets), None if seq2seq else history.window
+        parts = {"pairs": part_of_rows(rows, script.num_pairs, args.seed, window=window)}
         if not seq2seq and args.eval_strategy != "no":
             parts["eval_pairs"] = split.validation
         with args.main_process_first(desc="pairs"):
@@ -112,6 +119,7 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
                         after=getattr(tokenizer, "history_after", ""),
                         max_history=config.max_history,
                         answer_eos=not seq2seq and history.answer_eos,
+                        window=window if name == "pairs" else None,
                     )
                     save_pairs(made, folder / f"{name}.parquet")
         datasets = {name: load_pairs(folder / f"{name}.parquet") for name in parts}

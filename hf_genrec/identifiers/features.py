@@ -217,6 +217,8 @@ def _damped(counts: Any, damping: str) -> Any:
 def _truncated_svd(matrix: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leading singular triplets of a sparse (N, M) matrix, largest first, the same bits every time.
 
+    Values that are rounding are 0, and the largest entry of each left vector is positive.
+
     `scipy.sparse.linalg.svds` is not that: where the rank is small, ARPACK goes on from vectors drawn at random, and svds
     does not hand its generator on (scipy 1.17).
     """
@@ -225,7 +227,7 @@ def _truncated_svd(matrix: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.n
     columns = matrix.shape[1]
     if min(matrix.shape) <= max(_DENSE_ITEMS, rank + 1):
         left_NK, values, right_KM = np.linalg.svd(matrix.toarray(), full_matrices=False)
-        return left_NK[:, :rank], values[:rank], right_KM[:rank]
+        return _without_chance(left_NK[:, :rank], values[:rank], right_KM[:rank])
     transposed = matrix.T.tocsr()
     gram = LinearOperator((columns, columns), matvec=lambda v: transposed @ (matrix @ v), dtype=np.float64)
     options: dict[str, Any] = {"v0": np.random.default_rng(0).uniform(-1, 1, columns)}
@@ -234,7 +236,15 @@ def _truncated_svd(matrix: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.n
     _, vectors_MK = eigsh(gram, k=rank, **options)
     vectors_MK, _ = np.linalg.qr(vectors_MK)
     left_NK, values, rotation_KK = np.linalg.svd(matrix @ vectors_MK, full_matrices=False)
-    return left_NK, values, rotation_KK @ vectors_MK.T
+    return _without_chance(left_NK, values, rotation_KK @ vectors_MK.T)
+
+
+def _without_chance(
+    left_NK: np.ndarray, values: np.ndarray, right_KM: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    values = np.where(values > 1e-6 * values.max(), values, 0.0)
+    signs = np.where(left_NK[np.abs(left_NK).argmax(0), np.arange(len(values))] < 0, -1.0, 1.0)
+    return left_NK * signs, values, right_KM * signs[:, None]
 
 
 def interactions_svd(train: Sequences, num_items: int, dim: int = 64, *, damping: str = "none") -> np.ndarray:
@@ -260,10 +270,7 @@ def interactions_svd(train: Sequences, num_items: int, dim: int = 64, *, damping
     matrix = _damped(sp.csr_matrix((ones, (train.items, train.row_index())), shape=(num_items, len(train))), damping)
     rank = min(dim, *matrix.shape)
     left_NK, values, _ = _truncated_svd(matrix, rank)
-    values = np.where(values > 1e-6 * values.max(), values, 0.0)
-    peak = np.abs(left_NK).argmax(0)
-    scale = np.where(left_NK[peak, np.arange(rank)] < 0, -1.0, 1.0) * values
-    return np.pad(left_NK * scale, ((0, 0), (0, dim - rank))).astype(np.float32)
+    return np.pad(left_NK * values, ((0, 0), (0, dim - rank))).astype(np.float32)
 
 
 def cooccurrence_svd(
@@ -301,10 +308,7 @@ def cooccurrence_svd(
         raise TrainingError("no two items co-occur in the training rows: collaborative features need longer histories")
     rank = min(dim, num_items)
     left_NK, values, right_KN = _truncated_svd(matrix, rank)
-    values = np.where(values > 1e-6 * values.max(), values, 0.0)
-    peak = np.abs(left_NK).argmax(0)
-    scale = np.where(left_NK[peak, np.arange(rank)] < 0, -1.0, 1.0) * np.sqrt(values)
-    pad = ((0, 0), (0, dim - rank))
+    scale, pad = np.sqrt(values), ((0, 0), (0, dim - rank))
     source_NE = np.pad(left_NK * scale, pad).astype(np.float32)
     target_NE = np.pad(right_KN.T * scale, pad).astype(np.float32)
     return (source_NE, target_NE) if directed else source_NE

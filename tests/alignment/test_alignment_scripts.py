@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from script_cases import NUM_ITEMS, ROOT, line_for, load_script, run, write_tige
 from sft_cases import base_lm, item_lm
 from transformers import TrainerCallback
 
+from hf_genrec.alignment.pair_datasets import save_pairs
 from hf_genrec.alignment.rewards import ItemGroups
 from hf_genrec.cli import script_run
 from hf_genrec.cli.script_run import trained_model
@@ -108,6 +110,24 @@ def test_alignment_reports_buckets_before_and_after(scripts, world, tmp_path, na
         assert artifact.recipe["data"]["min_user"] == 3 and artifact.recipe["paper"][0] == "2311.09049"
     else:
         assert scripts[name].parse_line(words)[-1].max_history == 6, "the history length of the artefact"
+
+
+def test_windows_of_preferences_from_the_line(scripts, world, tmp_path, monkeypatch):
+    """One code per item: histories are cut at every 3 items and whole windows make up num_pairs."""
+    line = line_for("sft", world, tmp_path / "start", "--codebook_sizes", "16", "--features", "cooccurrence")
+    place = line.index("--codes")
+    run(scripts["sft"], [*line[:place], *line[place + 2 :], "--collisions", "next_nearest", "--max_steps", "1"])
+    kept = {}
+    monkeypatch.setattr(
+        scripts["dpo"], "save_pairs", lambda made, path: (kept.update(made=made), save_pairs(made, path))
+    )
+    run(scripts["dpo"], line_for("dpo", world, tmp_path / "out", "--window", "3", model=tmp_path / "start"))
+    rows = kept["made"]
+    sizes = [len(row["prompt_ids"]) for row in rows]
+    assert len(set(sizes)) == 3 and 30 < len(rows) <= 48
+    for before, after in pairwise(rows):
+        together = before["window"] == after["window"]
+        assert together == (after["prompt_ids"] == before["prompt_ids"] + before["chosen_ids"])
 
 
 def test_residual_k_means_on_the_spot_joins_the_artefact(scripts, world, tmp_path):

@@ -19,7 +19,6 @@ Shape legend: B prompts, G rollouts of each, R = B * G rows, A rows with the tar
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,9 +37,8 @@ from hf_genrec.errors import TrainingError
 from hf_genrec.generation.search import evaluating
 
 from .arguments import RecommenderTrainingArguments
-from .preference_loss import check_same_vocabulary
 from .recommender import RecommenderTrainer
-from .seq2seq_preference import answer_token_logps, without_dropout
+from .seq2seq_preference import answer_token_logps, policy_and_reference, without_dropout
 
 LOSS_TYPES = ("grpo", "dapo")
 
@@ -148,29 +146,17 @@ class Seq2SeqGRPOTrainer(RecommenderTrainer):
         args = args if args is not None else Seq2SeqGRPOConfig(output_dir="trainer_output")
         if not isinstance(args, Seq2SeqGRPOConfig):
             raise TrainingError(f"args is a {type(args).__name__}: pass a Seq2SeqGRPOConfig.")
-        if not getattr(model.config, "is_encoder_decoder", False):
-            raise TrainingError(f"{type(model).__name__} is no encoder-decoder: use ItemGRPOTrainer.")
-        if processing_class is None:
-            raise TrainingError("pass the tokenizer as processing_class.")
         self.rewards = [reward_funcs] if isinstance(reward_funcs, ItemReward) else list(reward_funcs)
         if not self.rewards or not all(isinstance(reward, ItemReward) for reward in self.rewards):
             raise TrainingError(
                 "reward_funcs must be rewards of hf_genrec.alignment.rewards (subclasses of ItemReward)."
             )
-        if ref_model is model:
-            raise TrainingError("ref_model is the model under training: leave it out for a frozen copy.")
+        ref_model = ref_model if args.beta else None
+        model, ref_model = policy_and_reference(
+            model, ref_model, processing_class, peft_config, copied=args.beta > 0, otherwise="ItemGRPOTrainer"
+        )
         if train_dataset is not None:
             check_prompts(train_dataset, processing_class, "train")
-        if not args.beta:
-            ref_model = None
-        elif ref_model is not None:
-            check_same_vocabulary(model, ref_model)
-        elif peft_config is None:
-            ref_model = copy.deepcopy(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
         self._search = ItemRollouts(
             processing_class,
             args.num_generations,

@@ -163,20 +163,14 @@ class Seq2SeqPreferenceTrainer(RecommenderTrainer):
         args = args if args is not None else Seq2SeqPreferenceConfig(output_dir="trainer_output")
         if not isinstance(args, Seq2SeqPreferenceConfig):
             raise TrainingError(f"args is a {type(args).__name__}: pass a Seq2SeqPreferenceConfig.")
-        if not getattr(model.config, "is_encoder_decoder", False):
-            raise TrainingError(f"{type(model).__name__} is no encoder-decoder: use SoftmaxDPOTrainer.")
-        if processing_class is None:
-            raise TrainingError("pass the tokenizer as processing_class.")
-        if ref_model is model:
-            raise TrainingError("ref_model is the model under training: leave it out for a frozen copy.")
-        if ref_model is not None:
-            check_same_vocabulary(model, ref_model)
-        elif peft_config is None and not args.precompute_ref_log_probs:
-            ref_model = copy.deepcopy(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
+        model, ref_model = policy_and_reference(
+            model,
+            ref_model,
+            processing_class,
+            peft_config,
+            copied=not args.precompute_ref_log_probs,
+            otherwise="SoftmaxDPOTrainer",
+        )
         self._new_adapter = peft_config is not None  # its reference is the model without it
         self._rewards = RewardMeter()
         self._processing_class = processing_class
@@ -318,6 +312,39 @@ class Seq2SeqPreferenceTrainer(RecommenderTrainer):
         mode, prefix = ("train", "") if policy.training else ("eval", "eval_")
         logs.update({f"{prefix}{name}": value for name, value in self._rewards.take(mode).items()})
         super().log(logs, start_time)
+
+
+def policy_and_reference(
+    model: Any, ref_model: Any, processing_class: Any, peft_config: Any, *, copied: bool, otherwise: str
+) -> tuple[Any, Any]:
+    """What the encoder-decoder trainers that compare with a reference check, and how they come by one.
+
+    Args:
+        model, ref_model, processing_class, peft_config: as given to the trainer.
+        copied: without a reference and an adapter, a copy of the model is one.
+        otherwise: trainer of decoder-only models, for the message.
+
+    Returns:
+        the model, with a new adapter where one is asked for; the reference, or None.
+
+    Raises:
+        TrainingError, IncompatibleComponentsError: as the trainers say.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        raise TrainingError(f"{type(model).__name__} is no encoder-decoder: use {otherwise}.")
+    if processing_class is None:
+        raise TrainingError("pass the tokenizer as processing_class.")
+    if ref_model is model:
+        raise TrainingError("ref_model is the model under training: leave it out for a frozen copy.")
+    if ref_model is not None:
+        check_same_vocabulary(model, ref_model)
+    elif peft_config is None and copied:
+        ref_model = copy.deepcopy(model)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    return model, ref_model
 
 
 def answer_logps(model: Any, unwrapped: Any, inputs: dict[str, Any]) -> torch.Tensor:
