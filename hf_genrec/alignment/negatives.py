@@ -32,6 +32,7 @@ from hf_genrec.generation.trie import ItemTrie
 
 _ROUNDS = 6  # of proposals, before the rows still open are filled from the list of all their candidates
 _CHUNK = 1 << 22  # candidates listed at once
+_BLOCK = 1 << 20  # history items of the rows that are filled together
 
 
 def code_groups(tokenizer: Any) -> np.ndarray:
@@ -94,7 +95,8 @@ class _Draw:
         row_n, item_n, key_n = row_n[fits], item_n[fits], key_n[fits]
         self.rejected_MK[row_n, column_n[fits]] = item_n
         self.filled_M += np.bincount(row_n, minlength=len(self.filled_M))
-        self._taken = np.union1d(self._taken, key_n)
+        key_n.sort()
+        self._taken = np.insert(self._taken, np.searchsorted(self._taken, key_n), key_n)
 
 
 class NegativeSampler:
@@ -164,12 +166,20 @@ class NegativeSampler:
                 )
         if not len(chosen_M):
             return np.zeros((0, num_negatives), np.int64)
-        draw = _Draw(histories, chosen_M, None if users is None else np.asarray(users), num_negatives, self.groups_N)
-        sampler: NegativeSampler | None = self
-        while sampler is not None and len(draw.open_rows):
-            sampler._fill(draw, np.random.default_rng([sampler.seed, round]))
-            sampler = sampler.fallback
-        return draw.rejected_MK
+        users_M = None if users is None else np.asarray(users)
+        bounds = np.unique(np.append(np.searchsorted(histories.offsets, np.arange(0, histories.num_items, _BLOCK)), 0))
+        parts = []
+        for block, rows in enumerate(
+            np.split(np.arange(len(chosen_M)), bounds[(bounds > 0) & (bounds < len(chosen_M))])
+        ):
+            users_m = None if users_M is None else users_M[rows]
+            draw = _Draw(histories.take(rows), chosen_M[rows], users_m, num_negatives, self.groups_N)
+            sampler: NegativeSampler | None = self
+            while sampler is not None and len(draw.open_rows):
+                sampler._fill(draw, np.random.default_rng([sampler.seed, round, *([block] if block else [])]))
+                sampler = sampler.fallback
+            parts.append(draw.rejected_MK)
+        return np.concatenate(parts)
 
     def _fill(self, draw: _Draw, rng: np.random.Generator) -> None:
         raise NotImplementedError

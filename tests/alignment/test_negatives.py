@@ -31,8 +31,10 @@ def samplers(tokenizer):
     }
 
 
+@pytest.mark.parametrize("block", [1, 16, 1 << 20])
 @pytest.mark.parametrize("name", ["random", "popularity", "feedback", "prefix", "beam"])
-def test_distinct_items_outside_history_and_chosen_and_a_function_of_the_seed(name):
+def test_distinct_items_outside_history_and_chosen_and_a_function_of_the_seed(name, block, monkeypatch):
+    monkeypatch.setattr("hf_genrec.alignment.negatives._BLOCK", block)
     sampler = samplers(catalogue())[name]
     rows, chosen = histories(30)
     users = np.arange(30)
@@ -121,6 +123,20 @@ def test_beam_negatives_are_the_best_scored_items():
     for row in range(10):
         scores[row, torch.tensor([*rows[row].tolist(), int(chosen[row])])] = -torch.inf
         assert rejected[row].tolist() == scores[row].topk(5).indices.tolist()
+
+
+def test_rows_filled_in_blocks_are_not_rows_of_one_draw_again(monkeypatch):
+    """Beams and whole feedback rows do not see the blocks; draws differ from block to block."""
+    rows, chosen = histories(30)
+    whole = {name: sampler(rows, chosen, 5, users=np.arange(30)) for name, sampler in samplers(catalogue()).items()}
+    monkeypatch.setattr("hf_genrec.alignment.negatives._BLOCK", 10)
+    parts = {name: sampler(rows, chosen, 5, users=np.arange(30)) for name, sampler in samplers(catalogue()).items()}
+    assert np.array_equal(whole["beam"], parts["beam"])
+    for one, other in zip(whole["feedback"], parts["feedback"]):
+        assert len(set(one) ^ set(other)) == 0 or (one >= 0).all()  # the user's row, unless it has more than 5
+    same = Sequences.from_rows([[0, 1, 2]] * 8)
+    draws = RandomNegatives(64)(same, np.full(8, 3), 5)
+    assert len({tuple(sorted(row)) for row in draws.tolist()}) == 8
 
 
 def test_self_play_at_a_prefix_length():

@@ -287,6 +287,9 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         limit = args.max_length
         with global_then_local_main_first():
             if set(ID_COLUMNS) <= set(first):
+                if isinstance(dataset, Dataset):  # as they are: a copy of many rows takes minutes
+                    self._most_rejected = max(self._most_rejected, _check_rows(dataset, limit))
+                    return dataset
                 dataset = dataset.map(_checked_row, fn_kwargs={"max_length": limit}, **options)
             else:
                 if "prompt" not in first:
@@ -393,6 +396,16 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
 def _without_ours(inputs: dict[str, Any]) -> dict[str, Any]:
     ours = ("rejected_counts", "chosen_tokens", "ref_chosen_logps", "ref_rejected_logps")
     return {name: value for name, value in inputs.items() if name not in ours}
+
+
+def _check_rows(dataset: Dataset, max_length: int | None) -> int:
+    """Check every row of ids; the most rejected answers of one."""
+    most, row = 1, 0
+    for part in dataset.select_columns(list(ID_COLUMNS)).iter(1000):
+        for values in zip(*(part[name] for name in ID_COLUMNS)):
+            most = max(most, len(_checked_row(dict(zip(ID_COLUMNS, values)), row, max_length)["rejected_ids"]))
+            row += 1
+    return most
 
 
 def _checked_row(example: dict[str, Any], row: int, max_length: int | None) -> dict[str, Any]:
