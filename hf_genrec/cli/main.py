@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one resolved with its provenance")
     recipes.add_argument("name", nargs="?", help="a recipe name or a YAML file")
-    recipes.add_argument("--table", help="compare recipes on one data set and budget: identifiers")
+    recipes.add_argument("--table", help="compare recipes on one data set and budget: identifiers, alignment, language")
     recipes.add_argument("--run", action="store_true", help="make the table anew instead of showing the recorded one")
     _add_data_arguments(recipes, required=False)
     recipes.add_argument("--output_dir", help="with --run: where finished runs, table.json and table.md go")
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--train_seconds", type=float, default=120.0, help="with --run: processor seconds of training (default 120)"
     )
     recipes.add_argument("--processes", type=int, default=1, help="with --run: runs at the same time (default 1)")
+    recipes.add_argument("--base", help="with --run: folder or Hub id of the language model, for recipes that have one")
 
     train = commands.add_parser(
         "train",

@@ -53,6 +53,7 @@ def _table(options: argparse.Namespace) -> tuple[Any, str]:
             processes=options.processes,
             items=options.items,
             data_dir=options.data_dir,
+            base=options.base,
             progress=not options.json,
         )
     return table, render_table(table)

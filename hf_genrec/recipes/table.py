@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,28 @@ from hf_genrec.evaluation.metrics import values_from_ranks
 from hf_genrec.recipes.resolver import FOLDER, nearest, recipe_names, resolve_recipe
 
 METRICS = ("recall@10", "ndcg@10")
-REFERENCE = "tiger_packed"
-# a table's recipes: those of a stage, and further ones
-TABLES: dict[str, tuple[str | None, tuple[str, ...]]] = {
-    "identifiers": ("creation", (REFERENCE, "liger", "p5", "rpg", "tandem", "sasrec")),
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table compares.
+
+    Attributes:
+        reference: recipe that the others are compared with.
+        others: further recipes.
+        stage: all recipes of this stage, too.
+    """
+
+    reference: str
+    others: tuple[str, ...]
+    stage: str | None = None
+
+
+TABLES = {
+    "identifiers": Table("tiger_packed", ("liger", "p5", "rpg", "tandem", "sasrec"), stage="creation"),
     # the reference is trained without preferences for as long as the others with all their stages
-    "alignment": (None, (REFERENCE, "tiger_s_dpo", "tiger_grpo", "onerec")),
+    "alignment": Table("tiger_packed", ("tiger_s_dpo", "tiger_grpo", "onerec")),
+    "language": Table("sasrec", ("item_lm", "s_dpo", "lc_rec", "minionerec", "e4srec")),
 }
 
 
@@ -45,9 +62,9 @@ def table_recipes(table: str) -> list[str]:
     """
     if table not in TABLES:
         raise RecipeError(f"unknown table {table!r}: {nearest(table, TABLES)}")
-    stage, others = TABLES[table]
-    names = [name for name in recipe_names() if stage is not None and resolve_recipe(name).stage == stage]
-    return [*names, *others]
+    kind = TABLES[table]
+    names = [name for name in recipe_names() if kind.stage is not None and resolve_recipe(name).stage == kind.stage]
+    return [*names, kind.reference, *kind.others]
 
 
 def read_table(table: str) -> dict[str, Any]:
@@ -76,16 +93,18 @@ def run_table(
     processes: int = 1,
     items: str | None = None,
     data_dir: str | None = None,
+    base: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train and test every recipe of a table and write `table.json` and `table.md` to `output_dir`.
 
     Args:
-        table: "identifiers" or "alignment".
+        table: one of `TABLES`.
         dataset: anything `load_data` takes.
         recipes: only these; default all of the table.
         train_seconds: processor seconds of training of each run, all stages together, the identifiers not counted.
         processes: runs at the same time.
+        base: the language model of recipes that have one (`model.base`).
 
     Raises:
         RecipeError: an unknown table or recipe.
@@ -104,7 +123,7 @@ def run_table(
     while waiting or running:
         while waiting and len(running) < processes:
             name, seed = waiting.pop(0)
-            running.append((_start(folder, name, seed, dataset, items, data_dir, train_seconds), name, seed))
+            running.append((_start(folder, name, seed, dataset, items, data_dir, train_seconds, base), name, seed))
             if progress:
                 print(f"started {name}, seed {seed}; {len(waiting)} waiting", flush=True)
         for entry in list(running):
@@ -131,10 +150,17 @@ def _result_file(folder: Path, name: str, seed: int) -> Path:
 
 
 def _start(
-    folder: Path, name: str, seed: int, dataset: str, items: str | None, data_dir: str | None, train_seconds: float
+    folder: Path,
+    name: str,
+    seed: int,
+    dataset: str,
+    items: str | None,
+    data_dir: str | None,
+    train_seconds: float,
+    base: str | None,
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "hf_genrec.recipes.table_run", name, str(seed), dataset]
-    command += [str(_result_file(folder, name, seed)), str(train_seconds), items or "", data_dir or ""]
+    command += [str(_result_file(folder, name, seed)), str(train_seconds), items or "", data_dir or "", base or ""]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(_result_file(folder, name, seed).with_suffix(".log"), "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -144,6 +170,7 @@ def collect_table(
     table: str, folder: Path, recipes: Sequence[str], seeds: Sequence[int], train_seconds: float
 ) -> dict[str, Any]:
     """The finished runs below `folder` as one table (plain data)."""
+    compared_with = TABLES[table].reference
     rows, values = [], {}
     shared: dict[str, Any] = {}
     for name in recipes:
@@ -164,15 +191,15 @@ def collect_table(
         metrics = runs[0]["metrics"]
         shared = {"dataset": metrics["dataset"], "protocol": metrics["protocol"], "popularity": runs[0]["popularity"]}
     for row in rows:
-        reference = values.get(REFERENCE)
-        if reference is not None and row["recipe"] != REFERENCE:
+        reference = values.get(compared_with)
+        if reference is not None and row["recipe"] != compared_with:
             row["difference_to_reference"] = {
                 metric: paired_difference(values[row["recipe"]][metric].mean(0), reference[metric].mean(0)).to_dict()
                 for metric in METRICS
             }
     rows.sort(key=lambda row: -row["ndcg@10"]["mean"])
     budget = {"train_processor_seconds": train_seconds, "threads": 1, "seen_items": "removed"}
-    return {"table": table, **shared, "budget": budget, "reference": REFERENCE, "seeds": list(seeds), "rows": rows}
+    return {"table": table, **shared, "budget": budget, "reference": compared_with, "seeds": list(seeds), "rows": rows}
 
 
 def _ranks(places: Sequence[int | None]) -> np.ndarray:

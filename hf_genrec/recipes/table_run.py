@@ -12,7 +12,14 @@ from typing import Any
 
 
 def run(
-    name: str, seed: int, dataset: str, file: Path, train_seconds: float, items: str | None, data_dir: str | None
+    name: str,
+    seed: int,
+    dataset: str,
+    file: Path,
+    train_seconds: float,
+    items: str | None,
+    data_dir: str | None,
+    base: str | None,
 ) -> None:
     """Train and test one recipe with one seed and write metrics and the rank of every test row to `file`."""
     import hf_genrec  # noqa: F401  (registers the Auto classes)
@@ -23,6 +30,8 @@ def run(
     overrides: dict[str, Any] = {"training.max_train_seconds": train_seconds, "training.train_clock": "cpu"}
     if schedule == "inverse_sqrt":  # has no end that a budget could move
         overrides["training.lr_scheduler_type"] = "linear"
+    if base is not None and "base" in resolve_recipe(name).model:
+        overrides["model.base"] = base
     recipe = resolve_recipe(name, overrides)
     with tempfile.TemporaryDirectory() as scratch:
         trained = train_recipe(
@@ -55,5 +64,5 @@ def run(
 
 
 if __name__ == "__main__":
-    _, name, seed, dataset, file, train_seconds, items, data_dir = sys.argv
-    run(name, int(seed), dataset, Path(file), float(train_seconds), items or None, data_dir or None)
+    _, name, seed, dataset, file, train_seconds, items, data_dir, base = sys.argv
+    run(name, int(seed), dataset, Path(file), float(train_seconds), items or None, data_dir or None, base or None)

@@ -128,6 +128,7 @@ _TIGER = {
 }
 _AFTER = {
     "s_dpo": {"method": "softmax_dpo", "options": {"num_negatives": 3, "negatives": "beam", "pairs": 60}},
+    "s_dpo one token": {"method": "softmax_dpo", "options": {"num_negatives": 7, "sft_weight": 0.5, "pairs": 300}},
     "minionerec": {"method": "grpo", "options": {"num_generations": 4, "prompts": 60}},
     "tiger_s_dpo": {"method": "softmax_dpo", "options": {"negatives": "prefix", "shared": [0, 1], "pairs": 60}},
     "tiger_grpo": {"method": "grpo", "options": {"num_generations": 4, "prompts": 60}},
@@ -141,15 +142,18 @@ _AFTER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(_AFTER))
 def test_alignment_stages_keep_the_successor_and_report_buckets(tmp_path, name) -> None:
-    language = name in ("s_dpo", "minionerec")
-    first = _SFT if language else _TIGER
     second = _AFTER[name] | {
         "training": {"num_train_epochs": 1, "learning_rate": 1e-5, "per_device_train_batch_size": 8}
     }
+    one_token, name = name.endswith("one token"), name.split()[0]
+    language = name in ("s_dpo", "minionerec")
+    first = _SFT if language else _TIGER
     small = {"model.d_model": 32, "model.num_layers": 1, "model.num_decoder_layers": 1, "model.dropout_rate": 0.0}
     options = NO_TEXT | SHORT | CODES | (LANGUAGE | {"model.lora": None} if language else small)
     if name == "onerec":
         options.pop("max_load")
+    if one_token:
+        options |= {"codebook_sizes": [64]}
     recipe = resolve_recipe(name, options | {"training.method_options": {"stages": [first, second]}})
     log = write_log(tmp_path)
     trained = train_recipe(recipe, log, tmp_path / "model", items=tmp_path / "items.csv", baselines=[], progress=False)
@@ -207,6 +211,8 @@ def test_stages_share_the_training_time(tmp_path, monkeypatch) -> None:
     options |= {"training.max_train_seconds": 40.0, "lr_scheduler_type": "linear"}
     options |= {"training.method_options": {"stages": [first, {"method": "next_item"}]}}
     recipe = resolve_recipe("tiger_s_dpo", options)
+    onerec = {"method": "iterative_preference", "options": {"iterations": 4}}
+    in_rounds = resolve_recipe("tiger_s_dpo", options | {"training.method_options": {"stages": [first, onerec]}})
     seen = []
 
     def method(job):
@@ -217,6 +223,18 @@ def test_stages_share_the_training_time(tmp_path, monkeypatch) -> None:
     log = write_log(tmp_path, items=12, users=12, length=6)
     train_recipe(recipe, log, tmp_path / "model", baselines=[], progress=False)
     rate = recipe.training["learning_rate"]
+    rounds = []
+
+    def driver(model, tokenizer, rows, pairs, args, **options):
+        rounds.append((args.max_train_seconds, options["iterations"]))
+        raise InterruptedError
+
+    monkeypatch.setattr("hf_genrec.alignment.trainers.iterative_preference.IterativePreferenceTrainer", driver)
+    monkeypatch.setattr("hf_genrec.recipes.stages.preference._sasrec_scores", lambda job: lambda rows: rows)
+    with pytest.raises(InterruptedError):
+        train_recipe(in_rounds, log, tmp_path / "rounds", baselines=[], progress=False)
+    assert rounds == [(2.5, 4)]  # the stage's 10 seconds, shared out among its rounds
+    assert seen.pop() == (30.0, 30.0, 0.5)
     assert seen == [(30.0, 30.0, 0.5), (10.0, 10.0, rate)]
     with pytest.raises(RecipeError, match=r"stages\[0\].share: 0 is no part"):
         resolve_recipe("tiger_s_dpo", {"training.method_options": {"stages": [{"method": "next_item", "share": 0}]}})

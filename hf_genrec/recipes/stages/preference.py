@@ -160,7 +160,7 @@ def iterative_preference(
     """OneRec's iterative preference alignment (arXiv 2502.18965) with the scores of a SASRec as reward.
 
     Args:
-        iterations: rounds, each against the model of the round before.
+        iterations: rounds, each against the model of the round before; a time budget is shared out among them.
         share: part of the requests that gets a pair of the model's own best and worst answers.
         num_candidates: beams of a request.
         beta, ntp_weight, dpo_weight: of the loss, see `IterativePreferenceTrainer`.
@@ -174,7 +174,9 @@ def iterative_preference(
     from hf_genrec.alignment.trainers.mixed_preference import MixedPreferenceConfig, Seq2SeqMixedPreferenceConfig
 
     split, tokenizer, model = job.context.split, job.tokenizer, job.model
-    weights = {"beta": beta, "ntp_weight": ntp_weight, "dpo_weight": dpo_weight, "eval_strategy": "no"}
+    weights: dict[str, Any] = {"beta": beta, "ntp_weight": ntp_weight, "dpo_weight": dpo_weight, "eval_strategy": "no"}
+    if job.args.max_train_seconds is not None:  # of the stage; every round is a training of its own
+        weights["max_train_seconds"] = job.args.max_train_seconds / iterations
     seq2seq = model.config.is_encoder_decoder
     args = trainer_config(Seq2SeqMixedPreferenceConfig if seq2seq else MixedPreferenceConfig, job, **weights)
     trained = model if seq2seq else _adapted(job)
