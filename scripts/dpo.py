@@ -156,7 +156,7 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
         run.say(reports["test"])
 
     options = {name: getattr(script, name) for name in ("negatives", "num_negatives", "shared", "targets", "num_pairs")}
-    options["lora"] = None if seq2seq else groups[1].record()
+    options |= {"lora": None} if seq2seq else {"lora": groups[1].record(), "window": window}
     stage = {"method": "softmax_dpo", "options": options, "training": recorded(args)}
     return run.save(
         trained,

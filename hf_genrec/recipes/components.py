@@ -181,7 +181,11 @@ QUANTIZERS: dict[str, Component] = {
             "text_tokenizer": str,
         },
     ),
-    "atomic": Component("hf_genrec.recipes.stages.codes:atomic_codes", frozenset({"fixed_length", "single_code"})),
+    "atomic": Component(
+        "hf_genrec.recipes.stages.codes:atomic_codes",
+        _CODES | {"single_code"},
+        options={"pca_dim": int},
+    ),
     "residual_kmeans": Component(
         "hf_genrec.recipes.stages.codes:residual_kmeans_codes", _CODES, frozenset({"item_vectors"}), _KMEANS_OPTIONS
     ),

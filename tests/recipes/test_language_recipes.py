@@ -68,6 +68,28 @@ def test_a_language_model_learns_the_successor(tmp_path) -> None:
     assert again[0][0].item_id == "i05" and len({r.item_id for r in again[0]}) == 3
 
 
+def test_single_item_tokens_start_from_the_items_vectors(tmp_path, monkeypatch) -> None:
+    """Distances between the new rows are those of the recipe's item vectors, up to one factor."""
+    from hf_genrec.alignment import item_embeddings
+
+    add_item_tokens, seen = item_embeddings.add_item_tokens, {}
+
+    def spy(model, tokenizer, **options):
+        add_item_tokens(model, tokenizer, **options)
+        start = int(tokenizer.level_offsets[0])
+        seen.update(options, rows=model.get_input_embeddings().weight[start : start + 40].detach().clone())
+        return model
+
+    monkeypatch.setattr(item_embeddings, "add_item_tokens", spy)
+    short = {"max_steps": 1, "model.dtype": "float32", "model.lora": {"r": 4, "alpha": 8}, "identifiers.pca_dim": 8}
+    trained = run(tmp_path, "item_lm", short | {"warmup_steps": 0})
+    vectors = torch.as_tensor(seen["codebooks"][0])
+    assert seen["init"] == "codebook" and vectors.shape == (40, 8)
+    ratio = torch.pdist(seen["rows"]) / torch.pdist(vectors)
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-4, atol=1e-5)
+    assert trained.metrics["identifiers"]["collision_rate"] == 0
+
+
 def test_adapters_are_merged_into_a_stock_checkpoint_that_recommends(tmp_path, capsys) -> None:
     options = TINY | {"identifiers.max_steps": 2, "model.lora": {"r": 4, "alpha": 8}, "training.max_steps": 3}
     trained = run(tmp_path, "lc_rec", options | {"eval_strategy": "no", "training.method_options": NEXT})
@@ -127,8 +149,8 @@ _TIGER = {
     "training": {"num_train_epochs": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "ema_decay": None},
 }
 _AFTER = {
-    "s_dpo": {"method": "softmax_dpo", "options": {"num_negatives": 3, "negatives": "beam", "pairs": 60}},
-    "s_dpo one token": {"method": "softmax_dpo", "options": {"num_negatives": 7, "sft_weight": 0.5, "pairs": 300}},
+    "s_dpo": {"method": "softmax_dpo", "options": {"num_negatives": 7, "sft_weight": 0.5, "pairs": 300}},  # one token
+    "minionerec s_dpo": {"method": "softmax_dpo", "options": {"num_negatives": 3, "negatives": "beam", "pairs": 60}},
     "minionerec": {"method": "grpo", "options": {"num_generations": 4, "prompts": 60}},
     "tiger_s_dpo": {"method": "softmax_dpo", "options": {"negatives": "prefix", "shared": [0, 1], "pairs": 60}},
     "tiger_grpo": {"method": "grpo", "options": {"num_generations": 4, "prompts": 60}},
@@ -145,15 +167,15 @@ def test_alignment_stages_keep_the_successor_and_report_buckets(tmp_path, name) 
     second = _AFTER[name] | {
         "training": {"num_train_epochs": 1, "learning_rate": 1e-5, "per_device_train_batch_size": 8}
     }
-    one_token, name = name.endswith("one token"), name.split()[0]
+    name = name.split()[0]
     language = name in ("s_dpo", "minionerec")
     first = _SFT if language else _TIGER
     small = {"model.d_model": 32, "model.num_layers": 1, "model.num_decoder_layers": 1, "model.dropout_rate": 0.0}
     options = NO_TEXT | SHORT | CODES | (LANGUAGE | {"model.lora": None} if language else small)
     if name == "onerec":
         options.pop("max_load")
-    if one_token:
-        options |= {"codebook_sizes": [64]}
+    if name == "s_dpo":
+        options = {key: value for key, value in options.items() if key not in ("codebook_sizes", "max_load")}
     recipe = resolve_recipe(name, options | {"training.method_options": {"stages": [first, second]}})
     log = write_log(tmp_path)
     trained = train_recipe(recipe, log, tmp_path / "model", items=tmp_path / "items.csv", baselines=[], progress=False)

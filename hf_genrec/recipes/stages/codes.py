@@ -9,9 +9,17 @@ import numpy as np
 from hf_genrec.recipes.stages.context import Quantized, StageContext
 
 
-def atomic_codes(context: StageContext, vectors: np.ndarray | None) -> Quantized:
-    """One code per item: the identifier of SASRec and of every classic sequential recommender."""
-    return Quantized(np.arange(context.num_items)[:, None], (context.num_items,))
+def atomic_codes(context: StageContext, vectors: np.ndarray | None, *, pca_dim: int | None = None) -> Quantized:
+    """One code per item: the identifier of SASRec and of every classic sequential recommender.
+
+    Item vectors, where there are any, are kept as the vectors of the codes: item tokens of a language model start there.
+    """
+    from hf_genrec.identifiers.features import pca
+
+    if vectors is not None and pca_dim is not None:
+        vectors = pca(vectors, min(pca_dim, vectors.shape[1]))
+    codes = np.arange(context.num_items)[:, None]
+    return Quantized(codes, (context.num_items,), None if vectors is None else [vectors], vectors)
 
 
 def residual_kmeans_codes(
