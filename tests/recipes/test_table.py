@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_genrec.errors import RecipeError
+from hf_genrec.recipes import table_run
 from hf_genrec.recipes.resolver import FOLDER, resolve_recipe
 from hf_genrec.recipes.table import TABLES, collect_table, read_table, render_table, run_table, table_recipes
 
@@ -63,6 +64,31 @@ def test_what_the_last_stage_changed_stands_below_the_table(tmp_path) -> None:
     assert "| `tiger_s_dpo` | 1 | softmax_dpo | 0.2500 -> 0.5000 ↓ | 0.2500 -> 0.5000 ↓ |  |" in text
     assert "last_stage" not in next(row for row in table["rows"] if row["recipe"] == "tiger_packed")
     json.dumps(table, allow_nan=False)
+
+
+@pytest.mark.parametrize(("name", "base"), [("item_lm", "models/other"), ("item_lm", None), ("sasrec", "models/other")])
+def test_budget_and_language_model_reach_the_recipe(tmp_path, monkeypatch, name, base) -> None:
+    seen = []
+
+    def train(recipe, *rest, **options):
+        seen.append(recipe)
+        raise InterruptedError
+
+    monkeypatch.setattr("hf_genrec.recipes.pipeline.train_recipe", train)
+    with pytest.raises(InterruptedError):
+        table_run.run(name, 0, "d", tmp_path / "x.json", 30.0, None, None, base)
+    given = resolve_recipe(name).model.get("base")
+    assert seen[0].model.get("base") == (base if given and base else given)
+    assert seen[0].training["max_train_seconds"] == 30.0 and seen[0].training["train_clock"] == "cpu"
+
+
+def test_a_table_has_its_own_reference(tmp_path) -> None:
+    write_run(tmp_path, "sasrec", 0, [1, None], [1, None])
+    write_run(tmp_path, "item_lm", 0, [1, 2], [1, None])
+    table = collect_table("language", tmp_path, table_recipes("language"), [0], 10.0)
+    assert table["reference"] == "sasrec" and [row["recipe"] for row in table["rows"]] == ["item_lm", "sasrec"]
+    assert table["rows"][0]["difference_to_reference"]["recall@10"]["difference"] == 0.5
+    assert "NDCG@10 - sasrec" in render_table(table)
 
 
 def test_unknown_tables_and_recipes_are_named(tmp_path) -> None:
