@@ -364,8 +364,13 @@ def test_shared_prompts_train_as_a_pass_per_answer_does(tmp_path, head, referenc
         torch.manual_seed(0)
         folder = tmp_path / str(shared)
         _, logs, trainer = train(folder, data, model=causal_lm(), share_prompts=shared, **options)
-        batch = trainer.data_collator([data[row] for row in range(5)])
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(5)])
         assert ("answer_tokens" in batch) is shared and len(batch["input_ids"]) == (1 if shared else 5 + 11)
+        with torch.no_grad():
+            batch = trainer._prepare_inputs(batch)
+            loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        assert torch.equal(loss, trainer.compute_loss(trainer.model, batch).detach())
+        assert outputs.logits.shape[:2] == batch["input_ids"].shape
         kept[shared] = logs, [parameter.detach() for parameter in trainer.model.parameters()]
     for one, other in zip(kept[False][0], kept[True][0]):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/rejected", "mean_token_accuracy"):

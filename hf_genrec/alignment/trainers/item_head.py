@@ -131,7 +131,7 @@ def use_item_head_as_fused(model: Any, kind: str, tokenizer: Any) -> None:
     previous = model.forward
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
-        shared = kwargs.get("answer_tokens") is not None
+        shared = kwargs.get(ANSWERS[-1]) is not None
         if not fused_lm_head:
             return previous(*args, labels=labels, **kwargs)
         if kind == "full" and not shared:

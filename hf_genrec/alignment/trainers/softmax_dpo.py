@@ -47,7 +47,7 @@ from hf_genrec.generation.recommend import recommendation_config_of
 
 from .adapter_reference import whole_reference_adapter
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
-from .item_head import ITEM_HEADS, has_plain_head, use_item_head_as_fused
+from .item_head import ANSWERS, ITEM_HEADS, has_plain_head, use_item_head_as_fused
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -371,7 +371,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss * prompts / step_prompts
 
-        if "answer_tokens" in model_inputs:
+        if ANSWERS[-1] in model_inputs:
             hits_B = outputs.is_top1[:prompts, 0]
         else:
             hits_B = (outputs.is_top1[:prompts, -width:] & completion_mask_AT[:prompts, 1:].bool()).sum(dim=1)
@@ -382,7 +382,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**model_inputs)
+            return loss, model(**{name: value for name, value in model_inputs.items() if name not in ANSWERS})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer, with the rewards since the last call."""
