@@ -1,15 +1,19 @@
-r"""What an SFT step costs: ItemSFTTrainer against TRL's SFTTrainer, and the head over item tokens against the full head.
+r"""What a step costs: ItemSFTTrainer against TRL's SFTTrainer, the head over item tokens against the full head, S-DPO.
 
     OMP_NUM_THREADS=1 python scripts/bench_sft.py --part step          # whole training steps on the same rows
     OMP_NUM_THREADS=1 python scripts/bench_sft.py --part head --json head.json
+    OMP_NUM_THREADS=1 python scripts/bench_sft.py --part preference    # S-DPO steps of one-token items
 
 Part `step`: the same Llama model, rows (a prompt of items and four labelled tokens) and optimiser in both trainers, `tiny`
 (width 64, two layers, a vocabulary of 2,000 and the items) and `small` (30 million parameters, 49,152 and the items). The
 batches take turns, so that both see the same machine. `item_head` "full" is TRL's loss; "level" is what item-only targets
 allow. Part `head`: forward and backward of the head alone at a vocabulary of 150,000, all three kinds on the same hidden
-states, with the head's weights frozen, with the rows of the item tokens trained (`item_lora`), and with all trained.
+states, with the head's weights frozen, with the rows of the item tokens trained (`item_lora`), and with all trained. Part
+`preference`: the pairs of one window of 50 items, three negatives each, item head "level": a pass per answer, a pass per
+prompt, and one pass for the prompts of the window.
 
-Figures are medians of processor time of one thread; ratios are inside one run. No part takes a minute of it.
+Figures are medians of processor time of one thread; ratios are inside one run. Part `preference` takes three minutes, the others
+less than one.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_genrec.alignment.adapters import item_lora
 from hf_genrec.alignment.trainers.item_head import item_log_probs
 from hf_genrec.alignment.trainers.item_sft import ItemSFTConfig, ItemSFTTrainer
+from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 
 LEVELS, CODES = 4, 256
@@ -49,8 +54,13 @@ MODELS = {  # vocabulary without items, and sizes
 class BenchArguments:
     """What to measure."""
 
-    part: str = field(default="all", metadata={"help": "step, head or all.", "choices": ["all", "step", "head"]})
-    models: list[str] = field(default_factory=lambda: ["tiny", "small"], metadata={"help": "Of part step."})
+    part: str = field(
+        default="all",
+        metadata={"help": "step, head, preference or all.", "choices": ["all", "step", "head", "preference"]},
+    )
+    models: list[str] = field(
+        default_factory=lambda: ["tiny", "small"], metadata={"help": "Of parts step and preference."}
+    )
     rows: int = field(default=8, metadata={"help": "Rows of a training step."})
     items: int = field(default=15, metadata={"help": "Items of a prompt, four tokens each."})
     steps: int = field(default=5, metadata={"help": "Steps of each trainer that are timed, after one that is not."})
@@ -188,6 +198,41 @@ def _head_with_trained_rows(args: BenchArguments) -> Any:
     return item_lora(LlamaForCausalLM(config), tokenizer).base_model.model.get_output_embeddings()
 
 
+# ---------------------------------------------------------------------------------------------------------- preference
+
+
+def bench_preference(name: str, args: BenchArguments, folder: str) -> dict[str, Any]:
+    words, sizes = MODELS[name]
+    tokenizer = ShiftedItems.from_codes([f"i{item}" for item in range(2000)], np.arange(2000)[:, None], (2000,))
+    tokenizer.words = words
+    history = words + np.random.default_rng(0).permutation(2000)[:51]
+    window: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for end in range(1, 51):
+        window["prompt_ids"].append(history[:end].tolist())
+        window["chosen_ids"].append([int(history[end])])
+        window["rejected_ids"].append([[int(token)] for token in words + np.arange(3 * end, 3 * end + 3)])
+    alone = window | {"prompt_ids": [[*prompt[:-1], words + end] for end, prompt in enumerate(window["prompt_ids"])]}
+    common: dict[str, Any] = {
+        "output_dir": folder, "per_device_train_batch_size": 50, "use_cpu": True, "bf16": False, "item_head": "level",
+        "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1, "max_length": None,
+    }  # fmt: skip
+
+    def trainer(rows: dict[str, list], shared: bool) -> SoftmaxDPOTrainer:
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=words + tokenizer.vocab_size, tie_word_embeddings=True, **sizes)
+        return SoftmaxDPOTrainer(
+            LlamaForCausalLM(config),
+            None,
+            SoftmaxDPOConfig(share_prompts=shared, **common),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+        )
+
+    trainers = {"answer": trainer(window, False), "prompt": trainer(alone, True), "window": trainer(window, True)}
+    seconds = medians({key: steps_of(one) for key, one in trainers.items()}, args.steps)
+    return {"seconds": seconds, "ratio_to_pass_per_answer": {key: seconds[key] / seconds["answer"] for key in seconds}}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)
     logging.disable(logging.WARNING)
@@ -198,6 +243,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             results["step"] = {name: bench_step(name, args, folder) for name in args.models}
     if args.part in ("all", "head"):
         results["head"] = bench_head(args)
+    if args.part in ("all", "preference"):
+        with tempfile.TemporaryDirectory() as folder:
+            results["preference"] = {name: bench_preference(name, args, folder) for name in args.models}
     text = json.dumps(results, indent=2)
     if args.json and args.json != "-":
         Path(args.json).write_text(text + "\n", encoding="utf-8")
