@@ -264,15 +264,15 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
                 f"item_head={self._item_head!r} leaves out the experts' loss of {type(inner).__name__}: use 'full', or "
                 "set router_aux_loss_coef=0."
             )
+        reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        parts = [part for part in (inner, reference) if part is not None]
         collator: Any = self.data_collator
-        if getattr(collator, "share_prompts", False):  # not where places move, or the head gives more than a score
-            collator.share_prompts = not (_has_virtual_tokens(self.model) or self.aux_loss_enabled) and all(
-                has_plain_head(part) for part in (inner, self.ref_model) if part is not None
-            )
-            if self._item_head == "full" and not collator.share_prompts:
-                return
-        for part in (inner, self.ref_model):
-            if part is not None:
+        shared = getattr(collator, "share_prompts", False)
+        if shared:  # not where places move, or the head gives more than a score
+            moved = _has_virtual_tokens(self.model) or self.aux_loss_enabled
+            collator.share_prompts = shared = not moved and all(has_plain_head(part) for part in parts)
+        if shared or self._item_head != "full":
+            for part in parts:
                 use_item_head_as_fused(part, self._item_head, self.processing_class)
 
     # ---------------------------------------------------------------------------------------------------------- data
