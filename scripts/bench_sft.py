@@ -2,17 +2,17 @@ r"""What a step costs: ItemSFTTrainer against TRL's SFTTrainer, the head over it
 
     OMP_NUM_THREADS=1 python scripts/bench_sft.py --part step          # whole training steps on the same rows
     OMP_NUM_THREADS=1 python scripts/bench_sft.py --part head --json head.json
-    OMP_NUM_THREADS=1 python scripts/bench_sft.py --part preference    # S-DPO steps of one-token items
+    OMP_NUM_THREADS=1 python scripts/bench_sft.py --part preference    # S-DPO steps
 
 Part `step`: the same Llama model, rows (a prompt of items and four labelled tokens) and optimiser in both trainers, `tiny`
 (width 64, two layers, a vocabulary of 2,000 and the items) and `small` (30 million parameters, 49,152 and the items). The
 batches take turns, so that both see the same machine. `item_head` "full" is TRL's loss; "level" is what item-only targets
 allow. Part `head`: forward and backward of the head alone at a vocabulary of 150,000, all three kinds on the same hidden
 states, with the head's weights frozen, with the rows of the item tokens trained (`item_lora`), and with all trained. Part
-`preference`: the pairs of one window of 50 items, three negatives each, item head "level": a pass per answer, a pass per
-prompt, and one pass for the prompts of the window.
+`preference`: the pairs of one window of 50 items, of one and of three tokens, three negatives each, item head "level": a
+pass per answer, a pass per prompt, and one pass for the prompts of the window.
 
-Figures are medians of processor time of one thread; ratios are inside one run. Part `preference` takes three minutes, the others
+Figures are medians of processor time of one thread; ratios are inside one run. Part `preference` takes ten minutes, the others
 less than one.
 """
 
@@ -201,17 +201,23 @@ def _head_with_trained_rows(args: BenchArguments) -> Any:
 # ---------------------------------------------------------------------------------------------------------- preference
 
 
-def bench_preference(name: str, args: BenchArguments, folder: str) -> dict[str, Any]:
+def bench_preference(name: str, args: BenchArguments, folder: str, levels: int) -> dict[str, Any]:
     words, sizes = MODELS[name]
-    tokenizer = ShiftedItems.from_codes([f"i{item}" for item in range(2000)], np.arange(2000)[:, None], (2000,))
+    items = np.arange(2000)
+    codes = items[:, None] if levels == 1 else np.stack([items // 256, items // 16 % 16, items % 16], axis=1)
+    tokenizer = ShiftedItems.from_codes([f"i{item}" for item in items], codes)
     tokenizer.words = words
-    history = words + np.random.default_rng(0).permutation(2000)[:51]
+    tokens = [row.tolist() for row in tokenizer.item_token_table]
+    history = np.random.default_rng(0).permutation(2000)[:51].tolist()
     window: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    alone: list[list[int]] = []  # prompts of the same lengths, none the beginning of another
+    others = [item for item in items.tolist() if item not in history]
     for end in range(1, 51):
-        window["prompt_ids"].append(history[:end].tolist())
-        window["chosen_ids"].append([int(history[end])])
-        window["rejected_ids"].append([[int(token)] for token in words + np.arange(3 * end, 3 * end + 3)])
-    alone = window | {"prompt_ids": [[*prompt[:-1], words + end] for end, prompt in enumerate(window["prompt_ids"])]}
+        prompt = [token for item in history[:end] for token in tokens[item]]
+        window["prompt_ids"].append(prompt)
+        window["chosen_ids"].append(tokens[history[end]])
+        window["rejected_ids"].append([tokens[item] for item in others[3 * end : 3 * end + 3]])
+        alone.append([*tokens[others[end]], *prompt[levels:]])
     common: dict[str, Any] = {
         "output_dir": folder, "per_device_train_batch_size": 50, "use_cpu": True, "bf16": False, "item_head": "level",
         "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1, "max_length": None,
@@ -228,7 +234,11 @@ def bench_preference(name: str, args: BenchArguments, folder: str) -> dict[str, 
             processing_class=tokenizer,
         )
 
-    trainers = {"answer": trainer(window, False), "prompt": trainer(alone, True), "window": trainer(window, True)}
+    trainers = {
+        "answer": trainer(window, False),
+        "prompt": trainer(window | {"prompt_ids": alone}, True),
+        "window": trainer(window, True),
+    }
     seconds = medians({key: steps_of(one) for key, one in trainers.items()}, args.steps)
     return {"seconds": seconds, "ratio_to_pass_per_answer": {key: seconds[key] / seconds["answer"] for key in seconds}}
 
@@ -245,7 +255,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["head"] = bench_head(args)
     if args.part in ("all", "preference"):
         with tempfile.TemporaryDirectory() as folder:
-            results["preference"] = {name: bench_preference(name, args, folder) for name in args.models}
+            results["preference"] = {
+                f"{name}, {levels} tokens": bench_preference(name, args, folder, levels)
+                for name in args.models
+                for levels in (1, 3)
+            }
     text = json.dumps(results, indent=2)
     if args.json and args.json != "-":
         Path(args.json).write_text(text + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from hf_genrec.alignment.trainers.item_head import use_item_head_as_fused
 from hf_genrec.alignment.trainers.preference_loss import padded_rejected, softmax_preference_loss, step_counts
 from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, SoftmaxPreferenceCollator
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
@@ -350,10 +351,30 @@ def one_token_rows(rows_of_a_user: int = 5, users: int = 3) -> Dataset:
     return Dataset.from_dict(table)
 
 
+def in_two_tokens(data: Dataset) -> Dataset:
+    """The same rows with items of two tokens; some answers are cut to one or go on with a third."""
+
+    def spelled(tokens: list[int]) -> list[int]:
+        return [part for token in tokens for part in (token, 8 + (token * 3) % 4)]
+
+    def answer(tokens: list[int], number: int) -> list[int]:
+        return (spelled(tokens) + [5] * (number % 3 == 2))[: 1 if number % 5 == 4 else 3]
+
+    def row(example, number):
+        rejected = [answer(tokens, number + place) for place, tokens in enumerate(example["rejected_ids"])]
+        prompt, chosen = spelled(example["prompt_ids"]), answer(example["chosen_ids"], number + 1)
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+    return data.map(row, with_indices=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("tokens", ["one", "several"])
 @pytest.mark.parametrize("head", ["full", "level"])
 @pytest.mark.parametrize("reference", ["copy", "precomputed", "adapter"])
-def test_shared_prompts_train_as_a_pass_per_answer_does(tmp_path, head, reference):
+def test_shared_prompts_train_as_a_pass_per_answer_does(tmp_path, head, reference, tokens, kind):
     data = one_token_rows().remove_columns("window")
+    data = data if tokens == "one" else in_two_tokens(data)
     options = {"item_head": head, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
     if reference == "precomputed":
         options["precompute_ref_log_probs"] = True
@@ -363,7 +384,7 @@ def test_shared_prompts_train_as_a_pass_per_answer_does(tmp_path, head, referenc
     for shared in (False, True):
         torch.manual_seed(0)
         folder = tmp_path / str(shared)
-        _, logs, trainer = train(folder, data, model=causal_lm(), share_prompts=shared, **options)
+        _, logs, trainer = train(folder, data, model=causal_lm(kind), share_prompts=shared, **options)
         batch = trainer.data_collator([trainer.train_dataset[row] for row in range(5)])
         assert ("answer_tokens" in batch) is shared and len(batch["input_ids"]) == (1 if shared else 5 + 11)
         with torch.no_grad():
@@ -395,13 +416,46 @@ def test_prompts_are_shared_only_where_scores_stay_what_they_are(tmp_path):
         with torch.no_grad():
             inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_HT, "position_ids": places_HT}
             logits = model(**inputs).logits.log_softmax(-1)
-        found.append(logits[batch["answer_rows"], batch["answer_places"], batch["answer_tokens"]])
+        found.append(logits[batch["answer_rows"], batch["answer_places"][:, 0], batch["answer_tokens"][:, 0]])
     torch.testing.assert_close(found[0], found[1])
     collator = SoftmaxPreferenceCollator(0, share_prompts=True)
     assert "answer_tokens" not in collator([rows([2])[0], examples[0]])
     tuning = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     _, _, trainer = train(tmp_path, data, peft_config=tuning, max_steps=1)
     assert not trainer.data_collator.share_prompts
+    # a sliding window of 6: a prompt and answer of 7 tokens have a pass each, shorter ones share theirs
+    sizes = {**SIZES, "layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 6}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=12, pad_token_id=0, head_dim=8, **sizes))
+    _, _, trainer = train(tmp_path, in_two_tokens(data), model=model, max_steps=1)
+    assert trainer.data_collator.longest_shared == 6
+    several = trainer.train_dataset
+    assert "answer_tokens" in trainer.data_collator([several[0]])
+    assert "answer_tokens" not in trainer.data_collator([several[0], several[4]])
+    stateful = causal_lm()
+    stateful._is_stateful = True
+    _, _, trainer = train(tmp_path, data, model=stateful, max_steps=1)
+    assert trainer.data_collator.longest_shared == 0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_answers_see_their_prompt_and_themselves_alone(implementation):
+    """Scores by hand, whatever stands beside: every answer of a packed batch as if it were alone."""
+    data = in_two_tokens(one_token_rows())
+    model = causal_lm("qwen3")
+    model.set_attn_implementation(implementation)
+    use_item_head_as_fused(model, "full", item_tokenizer())
+    examples = [data[row] for row in (2, 7, 4, 0, 11)]
+    batch = SoftmaxPreferenceCollator(0, share_prompts=True, longest_shared=None, pad_to_multiple_of=8)(examples)
+    names = ("input_ids", "attention_mask", "position_ids", "answer_rows", "answer_places", "answer_tokens")
+    labels = torch.full_like(batch["input_ids"], -100)
+    with torch.no_grad():
+        found = model(**{name: batch[name] for name in names}, labels=labels, fused_lm_head=True).log_probs.sum(1)
+        answers = [(row["prompt_ids"], row["chosen_ids"]) for row in examples]
+        answers += [(row["prompt_ids"], answer) for row in examples for answer in row["rejected_ids"]]
+        for score, (prompt, answer) in zip(found.tolist(), answers, strict=True):
+            logps = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            expected = sum(float(logps[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+            assert score == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_of_a_window_come_together(tmp_path):

@@ -65,8 +65,9 @@ def add_item_head(model: Any, kind: str, tokenizer: Any = None) -> None:
     """Let `model(..., labels=labels, item_head=True)` return an ItemHeadOutput; without `item_head` nothing changes.
 
     Labels (B, T) are shifted here: the label at place t is predicted from the tokens before it; -100 is left out. Instead
-    of labels, `answer_rows`, `answer_places`, `answer_tokens` (n,) name tokens and the input places behind which they are
-    scored, any number at one place. Call it with the model itself, before or after PEFT wraps it.
+    of labels, `answer_rows` (A,) and `answer_places`, `answer_tokens` (A, Q) name tokens (-100: none) and the input places
+    behind which they are scored, any number at one place; a bool attention mask (B, 1, T, T) says what a place sees. Call
+    it with the model itself, before or after PEFT wraps it.
 
     Args:
         model: causal LM with a plain head.
@@ -100,14 +101,20 @@ def add_item_head(model: Any, kind: str, tokenizer: Any = None) -> None:
     previous = model.forward
 
     def forward(self: Any, *args: Any, item_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:  # eager attention adds it to the scores
+            dtype = self.get_input_embeddings().weight.dtype
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            kwargs["attention_mask"] = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
         if not item_head:
             return previous(*args, **kwargs) if labels is None else previous(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
-        answers = [kwargs.pop(name, None) for name in ANSWERS]
+        rows_A, places_AQ, tokens_AQ = (kwargs.pop(name, None) for name in ANSWERS)
         hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
-        if answers[0] is not None:
-            rows_n, places_n, targets_n = answers
-            return item_log_probs(hidden_BTD[rows_n, places_n], targets_n, self.get_output_embeddings(), levels)
+        if tokens_AQ is not None:
+            there_AQ = tokens_AQ >= 0
+            hidden_nD = hidden_BTD[rows_A.unsqueeze(1).expand_as(there_AQ)[there_AQ], places_AQ[there_AQ]]
+            return item_log_probs(hidden_nD, tokens_AQ[there_AQ], self.get_output_embeddings(), levels)
         labels = labels[:, 1:]
         there = labels != -100
         return item_log_probs(hidden_BTD[:, :-1][there], labels[there], self.get_output_embeddings(), levels)
@@ -121,7 +128,7 @@ def use_item_head_as_fused(model: Any, kind: str, tokenizer: Any) -> None:
 
     For trainers that compare log-probabilities of whole answers (DPO): with "items" or "level" these are the ones that a
     search with `restrict_to_level` adds up. Call it after TRL's `add_fused_lm_head`. Batches with `answer_tokens`
-    (`shared_prompts.py`) get log_probs and is_top1 as (A, 1).
+    (`shared_prompts.py`) get log_probs and is_top1 as (A, Q), 0 where there is no token.
 
     Args:
         model, kind, tokenizer: as for `add_item_head`; `kind` "full" leaves labels to TRL's head.
@@ -131,15 +138,13 @@ def use_item_head_as_fused(model: Any, kind: str, tokenizer: Any) -> None:
     previous = model.forward
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
-        shared = kwargs.get(ANSWERS[-1]) is not None
         if not fused_lm_head:
             return previous(*args, labels=labels, **kwargs)
-        if kind == "full" and not shared:
+        tokens_AQ = kwargs.get(ANSWERS[-1])
+        if kind == "full" and tokens_AQ is None:
             return fused(*args, labels=labels, fused_lm_head=True, **kwargs)
         found = previous(*args, labels=labels, item_head=True, **kwargs)
-        if shared:
-            return ItemHeadOutput(log_probs=found.log_probs[:, None], is_top1=found.is_top1[:, None])
-        there_BT = labels[:, 1:] != -100
+        there_BT = labels[:, 1:] != -100 if tokens_AQ is None else tokens_AQ >= 0
         log_probs_BT = found.log_probs.new_zeros(there_BT.shape).masked_scatter(there_BT, found.log_probs)
         is_top1_BT = torch.zeros_like(there_BT).masked_scatter(there_BT, found.is_top1)
         return ItemHeadOutput(log_probs=log_probs_BT, is_top1=is_top1_BT)

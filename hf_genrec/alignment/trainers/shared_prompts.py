@@ -1,13 +1,16 @@
-"""Preference rows whose answers are one token each, scored from as few passes over their prompts as there can be.
+"""Preference rows scored from one pass over each prompt, and one for prompts that begin one another.
 
-S-DPO (arXiv 2406.09215) compares 1 + K answers of a prompt, and trainers of pairs run the prompt once per answer. An answer
-of one token (an item with a single code, a letter, "Yes") is scored where the prompt ends, so one pass serves all of them.
-A causal model reads a prompt the same way whether or not more comes behind it, so rows whose prompts are beginnings of one
-another share that pass too: a window of 50 items holds 49 preferences (`item_dataset(window=...)` makes such rows).
+S-DPO (arXiv 2406.09215) compares 1 + K answers of a prompt, and trainers of pairs run the prompt once per answer. Here a
+prompt is read once and its answers stand behind it side by side: a 4-D attention mask lets a token see its prompt and its
+own answer, explicit position ids put every answer right behind the prompt. An answer of one token (an item with a single
+code, a letter, "Yes") needs no place at all: it is scored where the prompt ends. A causal model reads a prompt the same
+way whatever comes behind it, so rows whose prompts are beginnings of one another share the pass too: a window of 50 items
+holds 49 preferences (`item_dataset(window=...)` makes such rows).
 
 *Relations*: log-probabilities, and with them losses and gradients, are those of a pass per answer, to rounding.
 
-Shape legend: B prompts, H of them kept, A answers (first the B chosen, then the rejected, prompt after prompt), T tokens.
+Shape legend: B prompts, H of them kept, A answers (first the B chosen, then the rejected, prompt after prompt), T tokens of
+a kept prompt with what stands behind it, Q tokens of the longest answer.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+MOST_TOKENS = 4096  # of a packed row: the mask has the square of it
 
 
 def kept_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
@@ -42,46 +47,83 @@ def kept_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]
 
 def shared_prompt_batch(
     prompts: Sequence[Sequence[int]],
-    chosen: Sequence[int],
-    rejected: Sequence[Sequence[int]],
+    chosen: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[Sequence[int]]],
     *,
     pad_token_id: int,
     left: bool = False,
     multiple_of: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """Rows of one-token answers as inputs of a model whose fused head reads `answer_tokens` (`item_head.py`).
+    longest: int | None = None,
+) -> dict[str, torch.Tensor] | None:
+    """Prompts and answers as inputs of a model whose fused head reads `answer_tokens` (`item_head.py`).
 
     Args:
         prompts: B prompts.
-        chosen: (B,) tokens.
-        rejected: B lists of tokens.
-        pad_token_id, left, multiple_of: how prompts are padded.
+        chosen: B answers.
+        rejected: B lists of answers.
+        pad_token_id, multiple_of: how rows are padded.
+        left: padding in front (answers of one token; longer ones always have it behind).
+        longest: most tokens of a prompt and its longest answer; None: no bound; 0: answers of one token only.
 
     Returns:
-        `input_ids`, `attention_mask`, `completion_mask` (H, T; the last all 0, since no answer is an input), and
-        `answer_rows`, `answer_places`, `answer_tokens` (A,): an answer is scored behind input place (row, place).
+        None where answers are longer than one token and do not fit, else `input_ids`, `completion_mask` (H, T; the latter all
+        0, since no place has a label), `attention_mask` (H, T), or bool (H, 1, T, T) together with `position_ids` (H, T)
+        where an answer has several tokens; `answer_rows` (A,) and `answer_places`, `answer_tokens` (A, Q): a token is
+        scored behind input place (row, place); -100 behind the end of an answer.
     """
     kept, host_of = kept_prompts(prompts)
-    longest = max(len(prompts[row]) for row in kept)
-    width = longest if multiple_of is None else -(-longest // multiple_of) * multiple_of
-    ids_HT = torch.full((len(kept), width), pad_token_id, dtype=torch.long)
-    mask_HT = torch.zeros_like(ids_HT)
-    starts = [width - len(prompts[row]) if left else 0 for row in kept]
-    for place, (row, start) in enumerate(zip(kept, starts)):
-        ids_HT[place, start : start + len(prompts[row])] = torch.tensor(prompts[row])
-        mask_HT[place, start : start + len(prompts[row])] = 1
-    counts = torch.tensor([len(answers) for answers in rejected])
-    rows_B = torch.tensor(host_of)
-    places_B = torch.tensor([starts[host] + len(prompt) - 1 for host, prompt in zip(host_of, prompts)])
-    tokens = [*chosen, *(token for answers in rejected for token in answers)]
-    return {
-        "input_ids": ids_HT,
-        "attention_mask": mask_HT,
-        "completion_mask": torch.zeros_like(ids_HT),
-        "answer_rows": torch.cat([rows_B, rows_B.repeat_interleave(counts)]),
-        "answer_places": torch.cat([places_B, places_B.repeat_interleave(counts)]),
-        "answer_tokens": torch.tensor(tokens, dtype=torch.long),
+    answers = [*chosen, *(answer for several in rejected for answer in several)]
+    owner = [*range(len(prompts)), *(row for row, several in enumerate(rejected) for _ in several)]
+    most_Q = max(map(len, answers))
+    behind = [0] * len(kept)  # input tokens of answers behind each kept prompt
+    for answer, row in zip(answers, owner):
+        behind[host_of[row]] += len(answer) - 1
+    sizes = [len(prompts[row]) + extra for row, extra in zip(kept, behind)]
+    packed = most_Q > 1
+    if packed and (
+        max(sizes) > MOST_TOKENS
+        or (longest is not None and max(len(prompts[row]) + len(a) for a, row in zip(answers, owner)) > longest)
+    ):
+        return None
+    width = max(*sizes, most_Q + 1) if packed else max(sizes)  # room for Q scores per row of the shifted labels
+    width = width if multiple_of is None else -(-width // multiple_of) * multiple_of
+    starts = [width - size if left and not packed else 0 for size in sizes]
+
+    ids_HT = np.full((len(kept), width), pad_token_id, np.int64)
+    mask_HT = np.zeros((len(kept), width), np.int64)
+    for number, (row, start) in enumerate(zip(kept, starts)):
+        ids_HT[number, start : start + len(prompts[row])] = prompts[row]
+        mask_HT[number, start : start + len(prompts[row])] = 1
+    places_AQ = np.zeros((len(answers), most_Q), np.int64)
+    tokens_AQ = np.full((len(answers), most_Q), -100, np.int64)
+    positions_HT = np.maximum(mask_HT.cumsum(1) - 1, 0)
+    visible_HTT = np.zeros((len(kept), width, width) if packed else (0, 0, 0), bool)
+    if packed:
+        visible_HTT |= np.tril(np.ones((width, width), bool)) & mask_HT[:, None, :].astype(bool)
+        visible_HTT |= np.eye(width, dtype=bool)  # padding sees itself, so that no row is empty
+    free = [start + len(prompts[row]) for row, start in zip(kept, starts)]
+    for number, (answer, row) in enumerate(zip(answers, owner)):
+        host, length = host_of[row], len(prompts[row])
+        places_AQ[number, 0] = starts[host] + length - 1
+        tokens_AQ[number, : len(answer)] = answer
+        if len(answer) > 1:
+            first, end = free[host], free[host] + len(answer) - 1
+            places_AQ[number, 1 : len(answer)] = np.arange(first, end)
+            ids_HT[host, first:end] = answer[:-1]
+            positions_HT[host, first:end] = length + np.arange(end - first)
+            visible_HTT[host, first:end, :first] = False
+            visible_HTT[host, first:end, :length] = True
+            visible_HTT[host, first:end, first:end] = np.tril(np.ones((end - first, end - first), bool))
+            free[host] = end
+    batch = {
+        "input_ids": torch.from_numpy(ids_HT),
+        "attention_mask": torch.from_numpy(visible_HTT[:, None] if packed else mask_HT),
+        "completion_mask": torch.zeros(ids_HT.shape, dtype=torch.long),
+        "answer_rows": torch.tensor([host_of[row] for row in owner]),
+        "answer_places": torch.from_numpy(places_AQ),
+        "answer_tokens": torch.from_numpy(tokens_AQ),
     }
+    return batch | ({"position_ids": torch.from_numpy(positions_HT)} if packed else {})
 
 
 class WindowSampler(Sampler[int]):

@@ -13,8 +13,9 @@ PEFT, precomputed references, checkpoints, cards and launching are TRL's.
 * **Guards**: checkpoints whole or absent, a stop at a loss that is not finite, a time budget (`guarded.py`).
 * **Item answers** of a model that is searched with `restrict_to_level` are scored by the same softmax over their level
   (`item_head`), not by one over a vocabulary whose other tokens were never trained against them.
-* **Answers of one token** (items with one code, letters) are all scored from one pass over their prompt, and rows whose
-  prompts are beginnings of one another share it (`shared_prompts.py`): the same losses for a fraction of the work.
+* **One pass per prompt**: its answers stand behind it side by side, and rows whose prompts are beginnings of one another
+  share the pass (`shared_prompts.py`): the same losses for a fraction of the work. Models that read no 4-D attention mask
+  (flash attention, recurrent layers, prompts longer than a sliding window) have a pass per answer of several tokens.
 * **No cut answers.** A row longer than `max_length` is an error that names the row, where DPOTrainer drops or cuts it.
 
 *Relations*: K = 1 is DPOTrainer with `loss_type="sigmoid"`. `loss_type=["sigmoid", "sft"]` adds the next-token loss of
@@ -43,6 +44,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from hf_genrec.alignment.preference_rows import ID_COLUMNS, WINDOW, as_answers, check_answers, check_length
 from hf_genrec.errors import TrainingError
+from hf_genrec.generation.decoding.causal_lm import longest_packed
 from hf_genrec.generation.recommend import recommendation_config_of
 
 from .adapter_reference import whole_reference_adapter
@@ -83,7 +85,7 @@ class SoftmaxDPOConfig(GuardOptions, DPOConfig):
     )
 
     share_prompts: bool = field(
-        default=True, metadata={"help": "Score answers of one token from one pass over the prompts they share."}
+        default=True, metadata={"help": "Score all answers from one pass over the prompts they share."}
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +117,8 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
         max_length: most tokens of a row; a longer one is an error, never cut.
         padding_side: "right", as TRL pads, or "left" (the same losses for models with relative positions).
         pad_to_multiple_of: width of the batch.
-        share_prompts: batches whose answers are one token each come as `shared_prompt_batch` makes them.
+        share_prompts: batches come as `shared_prompt_batch` makes them, where it can.
+        longest_shared: most tokens of a prompt and an answer of several tokens there; None: no bound; 0: none.
 
     Returns:
         `rejected_counts` and `chosen_tokens` (B,); `input_ids`, `attention_mask`, `completion_mask` (A, T), or what
@@ -134,6 +137,7 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
     share_prompts: bool = False
+    longest_shared: int | None = 0
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rejected = [as_answers(example["rejected_ids"]) for example in examples]
@@ -147,17 +151,18 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
             "rejected_counts": torch.tensor([len(answers) for answers in rejected]),
             "chosen_tokens": torch.tensor([len(answer) for answer in chosen]),
         }
-        if self.share_prompts and all(len(answer) == 1 for answers in [chosen, *rejected] for answer in answers):
-            batch |= shared_prompt_batch(
+        shared = None
+        if self.share_prompts:
+            shared = shared_prompt_batch(
                 prompts,
-                [answer[0] for answer in chosen],
-                [[answer[0] for answer in answers] for answers in rejected],
+                chosen,
+                rejected,
                 pad_token_id=self.pad_token_id,
                 left=self.padding_side == "left",
                 multiple_of=self.pad_to_multiple_of,
+                longest=self.longest_shared,
             )
-        else:
-            batch |= self._answers_behind_prompts(prompts, chosen, rejected)
+        batch |= shared if shared is not None else self._answers_behind_prompts(prompts, chosen, rejected)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
@@ -271,6 +276,8 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         if shared:  # not where places move, or the head gives more than a score
             moved = _has_virtual_tokens(self.model) or self.aux_loss_enabled
             collator.share_prompts = shared = not moved and all(has_plain_head(part) for part in parts)
+            bounds = [bound for part in parts if (bound := longest_packed(part)) is not None]
+            collator.longest_shared = min(bounds, default=None)
         if shared or self._item_head != "full":
             for part in parts:
                 use_item_head_as_fused(part, self._item_head, self.processing_class)
@@ -372,7 +379,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss * prompts / step_prompts
 
         if ANSWERS[-1] in model_inputs:
-            hits_B = outputs.is_top1[:prompts, 0]
+            hits_B = outputs.is_top1[:prompts].sum(dim=1)
         else:
             hits_B = (outputs.is_top1[:prompts, -width:] & completion_mask_AT[:prompts, 1:].bool()).sum(dim=1)
         accuracy = (hits_B / inputs["chosen_tokens"]).sum()

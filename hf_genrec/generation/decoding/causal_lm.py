@@ -97,22 +97,8 @@ class CausalLMScorer:
 
     def shares_prompt(self, prompt_length: int) -> bool:
         """Can the beams of a user share one prompt cache exactly?"""
-        config = self.model.config.get_text_config(decoder=True)
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        window = getattr(config, "sliding_window", None)
-        if "sliding_attention" not in kinds and getattr(config, "layer_types", None) is not None:
-            window = None  # a window that no layer uses
-        if getattr(config, "use_sliding_window", True) is False:
-            window = None
-        return (
-            "position_ids" in self._parameters
-            and bool(getattr(self.model, "_supports_attention_backend", False))
-            and not getattr(self.model, "_is_stateful", False)
-            and getattr(config, "_attn_implementation", None) in _SHARED_IMPLEMENTATIONS
-            and kinds <= {"full_attention", "sliding_attention"}
-            and (window is None or prompt_length + len(self.level_offsets) <= window)
-            and not _needs_its_wrapper(self.model)
-        )
+        longest = longest_packed(self.model)
+        return longest is None or prompt_length + len(self.level_offsets) <= longest
 
     def start_decoding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> PromptState:
         """Read the prompts (B, T) once.
@@ -267,6 +253,31 @@ class CausalLMScorer:
         if "logits_to_keep" in self._parameters:
             options["logits_to_keep"] = 1
         return self.model(input_ids=ids, **options).logits[:, -1:]
+
+
+def longest_packed(model: Any) -> int | None:
+    """Tokens that may stand before a token of a row in which several continuations share a prompt (a 4-D attention mask).
+
+    Returns:
+        None: any number; 0: the model cannot be run so; else its sliding window.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" not in kinds and getattr(config, "layer_types", None) is not None:
+        window = None  # a window that no layer uses
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    packs = (
+        "position_ids" in inspect.signature(type(inner).forward).parameters
+        and bool(getattr(model, "_supports_attention_backend", False))
+        and not getattr(model, "_is_stateful", False)
+        and getattr(config, "_attn_implementation", None) in _SHARED_IMPLEMENTATIONS
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not _needs_its_wrapper(model)
+    )
+    return window if packs else 0
 
 
 def _needs_its_wrapper(model: Any) -> bool:

@@ -221,9 +221,8 @@ def part_of_rows(rows: Any, count: int | None, seed: int, *, window: int | None 
 
 
 def _window(job: TrainingJob) -> int | None:
-    """Items of a window whose pairs share a pass: for models trained on windows, with one token per item."""
-    tokenizer = job.tokenizer
-    if job.model.config.is_encoder_decoder or getattr(tokenizer, "history_after", "") or tokenizer.num_levels > 1:
+    """Items of a window whose pairs share a pass: for language models trained on windows."""
+    if job.model.config.is_encoder_decoder or getattr(job.tokenizer, "history_after", ""):
         return None
     return job.args.max_history if options_of(job.recipe).windows else None
 
