@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_genrec.alignment.rewards import ItemReward, RankReward, RuleReward
 from hf_genrec.alignment.rollouts import item_prompts
 from hf_genrec.alignment.trainers.item_grpo import ItemGRPOConfig, ItemGRPOTrainer, restricted_log_probs
+from hf_genrec.alignment.trainers.shared_prompts import packed_answers
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
@@ -173,6 +174,46 @@ def test_training_raises_the_reward(tmp_path):
     past = [[TOKENIZER.item_ids[item] for item in row] for row in data["history"]]
     first = [row[0].item_id for row in recommend(trainer.model, past, tokenizer=TOKENIZER, k=1, num_beams=8)]
     assert first == [TOKENIZER.item_ids[target] for target in data["target"]]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("logprobs", ["level", "legal"])
+def test_rollouts_that_share_a_prompt_have_the_scores_of_rows_of_their_own(tmp_path, logprobs, eos):
+    """Uneven groups in a shuffled order, prompts of several lengths: log-probabilities, entropies and gradients."""
+    model = causal_lm(num_hidden_layers=2).double()
+    trainer = trainer_of(tmp_path, model, logprobs=logprobs, temperature=0.7, rollouts="sample", answer_eos=eos)
+    table = np.asarray(TOKENIZER.item_token_table)
+    past, _ = histories(4, num_items=48, seed=5)
+    rows = [(user, item) for user, size in ((0, 3), (1, 1), (2, 4), (3, 2)) for item in range(user, user + size)]
+    rows = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
+    asked = [table[past[user]].reshape(-1).tolist() for user, _ in rows]
+    width, tail = max(map(len, asked)), [TOKENIZER.eos_token_id] * eos
+    ids = torch.tensor([[0] * (width - len(q)) + q + table[item].tolist() + tail for q, (_, item) in zip(asked, rows)])
+    mask = torch.tensor([[0] * (width - len(q)) + [1] * (ids.shape[1] - width + len(q)) for q in asked])
+    found = []
+    for shared in (False, True):
+        trainer.args.share_prompts = shared
+        scores = trainer._get_per_token_logps_and_entropies(model, ids, mask, 3 + eos, compute_entropy=True)
+        model.zero_grad()
+        (scores[0].sum() + scores[1].sum()).backward()
+        found.append([*scores[:2], *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    inputs, _, _ = packed_answers(ids, mask, 3 + eos)
+    assert inputs["input_ids"].shape == (4, width + 4 * (2 + eos))
+
+
+def test_training_is_the_same_with_and_without_shared_prompts(tmp_path):
+    logs = []
+    for shared in (False, True):
+        options = {"logprobs": "level", "share_prompts": shared, "num_iterations": 2, "learning_rate": 1e-3}
+        trainer = trainer_of(tmp_path / str(shared), causal_lm(), **options)
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert len(logs[0]) == len(logs[1]) > 2
+    for one, other in zip(*logs):
+        assert other["loss"] == pytest.approx(one["loss"], abs=2e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("logprobs", ["level", "legal"])

@@ -11,6 +11,7 @@ model's order, `alignment.rewards` scores them, TRL does the rest. What changes 
   adapter (a new one) or a frozen copy of an adapter that is trained on, as in TRL.
 * **Log-probabilities** of the loss are over the whole vocabulary ("full"), over the codes of the level ("level"), or over
   the codes that the catalogue allows next ("legal", what constrained decoding chooses from).
+  "level" and "legal" read every prompt once, its rollouts side by side behind it (`shared_prompts.py`): the same numbers.
 * **Guards**: checkpoints whole or absent, a stop at a loss that is not finite, a time budget (`guarded.py`).
 
 *Relations*: with equal rewards in a group its advantages are 0 and only the KL term is left. `loss_type`, clipping,
@@ -40,6 +41,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
 from hf_genrec.alignment.rollouts import STRATEGIES, ItemRollouts, answer_tokens, check_prompts
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.decoding.beam_cache import CodeScores
+from hf_genrec.generation.decoding.causal_lm import longest_packed
 from hf_genrec.generation.decoding.kernel import child_log_probs
 from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.generation.trie import ItemTrie
@@ -47,6 +49,7 @@ from hf_genrec.generation.trie import ItemTrie
 from .adapter_reference import whole_reference_adapter
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .preference_loss import check_same_vocabulary
+from .shared_prompts import packed_answers
 
 LOGPROBS = ("full", "level", "legal")
 _NEUTRAL = {
@@ -78,6 +81,9 @@ class ItemGRPOConfig(GuardOptions, GRPOConfig):
     exclude_seen: bool = field(default=False, metadata={"help": "No rollouts from the user's history."})
     add_target: bool = field(default=False, metadata={"help": "Put the target into groups that miss it."})
     answer_eos: bool = field(default=False, metadata={"help": "Answers end with the end token (as in training)."})
+    share_prompts: bool = field(
+        default=True, metadata={"help": "logprobs level, legal: score all rollouts of a prompt from one pass over it."}
+    )
     logprobs: str | None = field(
         default=None,
         metadata={
@@ -337,11 +343,15 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         for part in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
             ids_RT = input_ids[part]
             options: dict[str, Any] = {"output_router_logits": True} if compute_aux_loss else {}
-            if self._keeps_few:
-                options["logits_to_keep"] = logits_to_keep + 1
-            with self.accelerator.autocast():
-                output = model(input_ids=ids_RT, attention_mask=attention_mask[part], use_cache=False, **options)
-            logits_RQV = output.logits[:, -logits_to_keep - 1 : -1].float() / self.temperature
+            if self._shares(model, ids_RT.shape[1], compute_aux_loss):
+                output, logits_RQV = self._packed_logits(model, ids_RT, attention_mask[part], logits_to_keep)
+            else:
+                if self._keeps_few:
+                    options["logits_to_keep"] = logits_to_keep + 1
+                with self.accelerator.autocast():
+                    output = model(input_ids=ids_RT, attention_mask=attention_mask[part], use_cache=False, **options)
+                logits_RQV = output.logits[:, -logits_to_keep - 1 : -1]
+            logits_RQV = logits_RQV.float() / self.temperature
             logps_RQ, entropy_RQ = restricted_log_probs(
                 logits_RQV, ids_RT[:, -logits_to_keep:], self._trie.to(ids_RT.device),
                 self._rollouts.tokenizer.level_offsets, legal=self.args.logprobs == "legal",
@@ -351,6 +361,24 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
             aux.append(getattr(output, "aux_loss", None))
         aux_loss = torch.stack(aux).mean() if compute_aux_loss else None
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, aux_loss
+
+    def _shares(self, model: Any, width: int, compute_aux_loss: bool) -> bool:
+        if not self.args.share_prompts or compute_aux_loss:  # experts would be counted over other tokens
+            return False
+        longest = longest_packed(self.accelerator.unwrap_model(model))
+        return longest is None or width <= longest
+
+    def _packed_logits(self, model: Any, ids_RT: Any, mask_RT: Any, answer_width: int) -> tuple[Any, torch.Tensor]:
+        """The model's output, and its logits at every answer token (R, Q, V)."""
+        inputs, host_R, index_RQ = packed_answers(ids_RT, mask_RT, answer_width)
+        dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
+        additive = torch.zeros(inputs["attention_mask"].shape, dtype=dtype, device=ids_RT.device)
+        inputs["attention_mask"] = additive.masked_fill_(~inputs["attention_mask"], torch.finfo(dtype).min)
+        kept = inputs["input_ids"].shape[1] - (ids_RT.shape[1] - answer_width) + 1
+        options = {"logits_to_keep": kept} if self._keeps_few else {}
+        with self.accelerator.autocast():
+            output = model(**inputs, use_cache=False, **options)
+        return output, output.logits[:, -kept:][host_R.unsqueeze(1), index_RQ]
 
 
 def restricted_log_probs(

@@ -1,4 +1,4 @@
-"""Preference rows scored from one pass over each prompt, and one for prompts that begin one another.
+"""Answers scored from one pass over each prompt, and one for prompts that begin one another: preference rows, rollouts.
 
 S-DPO (arXiv 2406.09215) compares 1 + K answers of a prompt, and trainers of pairs run the prompt once per answer. Here a
 prompt is read once and its answers stand behind it side by side: a 4-D attention mask lets a token see its prompt and its
@@ -124,6 +124,59 @@ def shared_prompt_batch(
         "answer_tokens": torch.from_numpy(tokens_AQ),
     }
     return batch | ({"position_ids": torch.from_numpy(positions_HT)} if packed else {})
+
+
+def packed_answers(
+    ids_RT: torch.Tensor, mask_RT: torch.Tensor, answer_width: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows of left-padded prompts and answers behind them -> every prompt once, its answers behind it side by side.
+
+    Args:
+        ids_RT, mask_RT: R rows; the last `answer_width` = Q columns are answers. Rows of equal prompts may stand anywhere.
+        answer_width: Q.
+
+    Returns:
+        `input_ids`, `position_ids` (H, S), `attention_mask` (H, 1, S, S) bool; host_R; index_RQ: place whose output scores
+        each answer token, counted from the last token of the prompt.
+
+    Example:
+        >>> ids = torch.tensor([[7, 8, 1, 2], [7, 8, 3, 4], [0, 9, 5, 6]])
+        >>> inputs, host, index = packed_answers(ids, (ids > 0).long(), 2)
+        >>> inputs["input_ids"].tolist(), host.tolist(), index.tolist()
+        ([[0, 9, 5, 0], [7, 8, 1, 3]], [1, 1, 0], [[0, 1], [0, 2], [0, 1]])
+    """
+    rows, device = len(ids_RT), ids_RT.device
+    width = ids_RT.shape[1] - answer_width
+    behind = answer_width - 1  # the last token of an answer is no input
+    pairs_R2T = torch.stack([ids_RT[:, :width], mask_RT[:, :width]], dim=1)
+    prompts_H2P, host_R = pairs_R2T.unique(dim=0, return_inverse=True)
+    hosts = len(prompts_H2P)
+    order_R = host_R.argsort(stable=True)
+    counts_H = host_R.bincount(minlength=hosts)
+    slot_R = torch.empty_like(host_R)
+    slot_R[order_R] = torch.arange(rows, device=device) - (counts_H.cumsum(0) - counts_H)[host_R[order_R]]
+    slots = int(counts_H.max())
+    size = width + slots * behind
+
+    ids_HS = ids_RT.new_zeros(hosts, size)
+    ids_HS[:, :width] = prompts_H2P[:, 0]
+    real_HP = prompts_H2P[:, 1].bool()
+    positions_HS = ids_RT.new_zeros(hosts, size)
+    positions_HS[:, :width] = (real_HP.long().cumsum(1) - 1).clamp(min=0)
+    steps_Q = torch.arange(behind, device=device)
+    columns_RQ = width + slot_R.unsqueeze(1) * behind + steps_Q
+    ids_HS[host_R.unsqueeze(1), columns_RQ] = ids_RT[:, width : width + behind]
+    positions_HS[:, width:] = real_HP.sum(1, keepdim=True) + steps_Q.repeat(slots)
+    visible_HSS = torch.zeros(hosts, size, size, dtype=torch.bool, device=device)
+    visible_HSS[:, :, :width] = real_HP.unsqueeze(1)
+    visible_HSS[:, :width, :width] &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    slot_S = torch.arange(slots, device=device).repeat_interleave(behind)
+    step_S = steps_Q.repeat(slots)
+    visible_HSS[:, width:, width:] = (slot_S.unsqueeze(1) == slot_S) & (step_S.unsqueeze(1) >= step_S)
+    visible_HSS |= torch.eye(size, dtype=torch.bool, device=device)  # padding sees itself
+    index_RQ = torch.cat([torch.zeros_like(slot_R).unsqueeze(1), columns_RQ - width + 1], dim=1)
+    inputs = {"input_ids": ids_HS, "position_ids": positions_HS, "attention_mask": visible_HSS.unsqueeze(1)}
+    return inputs, host_R, index_RQ
 
 
 class WindowSampler(Sampler[int]):
