@@ -212,7 +212,8 @@ def sft(
     """Supervised fine-tuning on a mixture of task families, completions only (LC-Rec, arXiv 2311.09049).
 
     Args:
-        families: "family" or "family:kind" -> weight, see `language_mixture`; default: next items alone.
+        families: "family" or "family:kind" -> share of one pass over its own rows per epoch, which families differ much in
+            (printed); see `LanguageMixtureDataset`. Default: next items alone.
         item_head: "full", "items" or "level": what the tokens of an item compete with.
         num_candidates: titles in candidate lists.
     """
@@ -233,6 +234,8 @@ def sft(
         num_candidates=num_candidates,
         seed=args.seed,
     )
+    if job.context.progress:
+        print("rows per epoch: " + ", ".join(f"{name} {count:,}" for name, count in mixture.counts.items()), flush=True)
     model = job.model if options.lora is None else item_lora(job.model, tokenizer, **options.lora)
     trainer = ItemSFTTrainer(
         model,
