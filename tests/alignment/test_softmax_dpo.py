@@ -458,6 +458,16 @@ def test_packed_answers_see_their_prompt_and_themselves_alone(implementation):
             assert score == pytest.approx(expected, abs=1e-5)
 
 
+def test_packed_rows_have_a_bound(monkeypatch):
+    """Masks grow with the square of a row: where it would be too long, every answer has its own pass."""
+    examples = [in_two_tokens(one_token_rows())[row] for row in (0, 4)]
+    collator = SoftmaxPreferenceCollator(0, share_prompts=True, longest_shared=None)
+    width = collator(examples)["input_ids"].shape[1]
+    for most, packed in ((width, True), (width - 1, False)):
+        monkeypatch.setattr("hf_genrec.alignment.trainers.shared_prompts.MOST_TOKENS", most)
+        assert ("answer_tokens" in collator(examples)) is packed
+
+
 def test_rows_of_a_window_come_together(tmp_path):
     data = one_token_rows(rows_of_a_user=4, users=6)
     _, _, trainer = train(tmp_path, data, max_steps=1)
