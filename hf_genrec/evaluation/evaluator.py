@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["ModelRecommender", "ScoreRecommender", "evaluate", "popularity_buckets", "training_counts"]
 
 
+_SETTINGS = {REMOVED: True, KEPT: False}  # what is asked of `exclude_seen`
+
+
 def training_counts(train: Sequences, num_items: int) -> np.ndarray:
     """Training interactions `(N,)` of each item."""
     return np.bincount(train.items, minlength=num_items)
@@ -76,7 +79,8 @@ def evaluate(
 
     Args:
         recommender: Anything with `recommend_topk(histories, k, exclude_seen) -> (M, k)` item indices, `-1` padded;
-            wrap models in `ModelRecommender`, score functions in `ScoreRecommender`.
+            wrap models in `ModelRecommender`, score functions in `ScoreRecommender`. One that has `reads_once` set gives
+            both settings at once: `recommend_topk_both(histories, k) -> (removed, kept)`.
         evaluation_set: Users, histories and targets; several rows of one user are resampled together.
         num_items: Catalogue size N.
         ks: Cut-offs; lists of max(ks) items are asked for.
@@ -131,23 +135,23 @@ def evaluate(
     name = name or type(recommender).__name__
     users_M = np.asarray(evaluation_set.users)
     results: dict[str, RankingResult] = {}
-    for setting, remove in ((REMOVED, True), (KEPT, False)):
-        if exclude_seen not in ("both", remove):
-            continue
+    settings = [setting for setting in _SETTINGS if exclude_seen in ("both", _SETTINGS[setting])]
+    together = len(settings) > 1 and getattr(recommender, "reads_once", False)
+    for group in [settings] if together else [[setting] for setting in settings]:
         start = time.perf_counter()
-        items_MK = _recommend_all(
-            recommender, evaluation_set, ks[-1], remove, num_items, batch_size, f"{name}, seen {setting}", progress
-        )
-        seconds = time.perf_counter() - start
-        ranks_M = ranks_from_topk(items_MK, targets_M)
-        results[setting] = RankingResult(
-            ranks_M=ranks_M,
-            metrics=metrics_from_ranks(ranks_M, ks),
-            intervals=_intervals(ranks_M, ks, users_M, bootstrap, level, seed),
-            coverage={f"coverage@{k}": _coverage(items_MK[:, :k], num_items) for k in ks},
-            buckets={} if buckets is None else _bucket_metrics(ranks_M, targets_M, buckets, ks),
-            seconds=seconds,
-        )
+        label = f"{name}, seen {' and '.join(group)}"
+        lists = _recommend_all(recommender, evaluation_set, ks[-1], group, num_items, batch_size, label, progress)
+        seconds = (time.perf_counter() - start) / len(group)
+        for setting in group:
+            ranks_M = ranks_from_topk(lists[setting], targets_M)
+            results[setting] = RankingResult(
+                ranks_M=ranks_M,
+                metrics=metrics_from_ranks(ranks_M, ks),
+                intervals=_intervals(ranks_M, ks, users_M, bootstrap, level, seed),
+                coverage={f"coverage@{k}": _coverage(lists[setting][:, :k], num_items) for k in ks},
+                buckets={} if buckets is None else _bucket_metrics(ranks_M, targets_M, buckets, ks),
+                seconds=seconds,
+            )
     headline = KEPT if repeats else REMOVED
     return EvaluationReport(
         name=name,
@@ -167,14 +171,15 @@ def _recommend_all(
     recommender: Any,
     evaluation_set: EvaluationSet,
     k: int,
-    remove: bool,
+    settings: list[str],
     num_items: int,
     batch_size: int,
     label: str,
     progress: bool,
-) -> np.ndarray:
+) -> dict[str, np.ndarray]:
+    """Setting -> lists (M, k); two settings from one reading of every history."""
     num_rows = len(evaluation_set.targets)
-    items_MK = np.full((num_rows, k), -1, dtype=np.int64)
+    lists = {setting: np.full((num_rows, k), -1, dtype=np.int64) for setting in settings}
     needs_users = getattr(recommender, "needs_users", False)
     users_M = np.asarray(evaluation_set.users)
     with tqdm(total=num_rows, desc=label, unit="user", disable=not progress, leave=False) as bar:
@@ -182,11 +187,16 @@ def _recommend_all(
             rows = np.arange(start, min(start + max(1, batch_size), num_rows))
             histories = evaluation_set.histories.take(rows)
             extra = {"users": users_M[rows]} if needs_users else {}
-            items = np.asarray(recommender.recommend_topk(histories, k, remove, **extra))
-            _check_lists(items, histories, k, remove, num_items, start, label)
-            items_MK[rows] = items
+            if len(settings) > 1:
+                found = dict(zip(_SETTINGS, recommender.recommend_topk_both(histories, k, **extra), strict=True))
+            else:
+                found = {s: recommender.recommend_topk(histories, k, _SETTINGS[s], **extra) for s in settings}
+            for setting in settings:
+                items = np.asarray(found[setting])
+                _check_lists(items, histories, k, _SETTINGS[setting], num_items, start, label)
+                lists[setting][rows] = items
             bar.update(len(rows))
-    return items_MK
+    return lists
 
 
 def _check_lists(

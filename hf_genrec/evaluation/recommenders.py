@@ -148,26 +148,47 @@ class ModelRecommender:
         self, histories: Sequences, k: int, exclude_seen: bool, users: np.ndarray | None = None
     ) -> np.ndarray:
         """Top-K item indices `(M, k)`, `-1` padded, by beam search in batches of similar length."""
-        items_Mk = np.full((len(histories), k), -1, dtype=np.int64)
+        return self._topk(histories, k, (exclude_seen,), users)[0]
+
+    @property
+    def reads_once(self) -> bool:
+        """Does `recommend_topk_both` read every history once? (Stock models, whose reading costs more than the search.)"""
+        return self._decoder is not None
+
+    def recommend_topk_both(
+        self, histories: Sequences, k: int, users: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`recommend_topk` with seen items removed, and with seen items kept."""
+        removed_Mk, kept_Mk = self._topk(histories, k, (True, False), users)
+        return removed_Mk, kept_Mk
+
+    def _topk(
+        self, histories: Sequences, k: int, settings: Sequence[bool], users: np.ndarray | None
+    ) -> list[np.ndarray]:
+        found = [np.full((len(histories), k), -1, dtype=np.int64) for _ in settings]
         order = np.argsort(np.diff(histories.offsets), kind="stable")  # padding costs as much as items do
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             rows_B = [histories[int(r)] for r in rows]
             inputs = encode_batch(self.model, self.tokenizer, self.config, rows_B, self._users(rows, users))
-            seen = [np.unique(row) for row in rows_B] if exclude_seen else None
-            items_Bk = self._search(inputs, min(k, self.num_beams), seen)
-            items_Mk[rows, : items_Bk.shape[1]] = items_Bk.cpu().numpy()
-        return items_Mk
+            seen = [np.unique(row) for row in rows_B]
+            for items_Mk, items_Bk in zip(found, self._search(inputs, min(k, self.num_beams), seen, settings)):
+                items_Mk[rows, : items_Bk.shape[1]] = items_Bk.cpu().numpy()
+        return found
 
-    def _search(self, inputs: dict, k: int, seen: list[np.ndarray] | None) -> Any:
-        from hf_genrec.generation.recommend import search_indices
+    def _search(self, inputs: dict, k: int, seen: list[np.ndarray], settings: Sequence[bool]) -> list[Any]:
+        from hf_genrec.generation.recommend import search_indices, search_with_and_without
 
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if self._decoder is None:
-            options: dict[str, Any] = {"k": k, "num_beams": self.num_beams, "seen": seen, "config": self.config}
-            return self.model.recommend_indices(ids, mask, trie=self.trie, **options)[0]
+            options: dict[str, Any] = {"k": k, "num_beams": self.num_beams, "trie": self.trie, "config": self.config}
+            ask = self.model.recommend_indices
+            return [ask(ids, mask, seen=seen if remove else None, **options)[0] for remove in settings]
         config = self.config.merged(k=k, num_beams=self.num_beams)
-        return search_indices(self._decoder, ids, mask, self.trie, config, seen=seen)[0]
+        if len(settings) > 1:
+            return [items for items, _ in search_with_and_without(self._decoder, ids, mask, self.trie, config, seen)]
+        left_out = seen if settings[0] else None
+        return [search_indices(self._decoder, ids, mask, self.trie, config, seen=left_out)[0]]
 
     def _users(self, rows: np.ndarray, users: np.ndarray | None) -> list[str] | None:
         if self.user_ids is None or users is None:

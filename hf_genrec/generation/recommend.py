@@ -234,10 +234,39 @@ def search_indices(
     item_filter = (
         ItemFilter.from_rows(trie, seen) if allowed_BN is None else ItemFilter.from_mask(trie, allowed_BN, seen)
     )
+    return _searches(decoder, input_ids, attention_mask, trie, config, [item_filter])[0]
+
+
+def search_with_and_without(
+    decoder: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    trie: ItemTrie,
+    config: RecommendationConfig,
+    seen: Sequence[np.ndarray],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`search_indices` with the seen items left out and with all items, the prompts read once.
+
+    For decoders whose state serves any number of searches, as those of `scorer_for` around stock models do.
+    """
+    trie = trie.to(input_ids.device)
+    filters = [ItemFilter.from_rows(trie, seen), ItemFilter.from_rows(trie, None)]
+    return _searches(decoder, input_ids, attention_mask, trie, config, filters)
+
+
+def _searches(
+    decoder: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    trie: ItemTrie,
+    config: Any,
+    filters: list,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     model = decoder if hasattr(decoder, "modules") else getattr(decoder, "model", decoder)
     with evaluating(model):
         state = decoder.start_decoding(input_ids, attention_mask)
-        return search_items(decoder, state, trie, config, item_filter, batch_size=input_ids.shape[0])
+        size = input_ids.shape[0]
+        return [search_items(decoder, state, trie, config, one, batch_size=size) for one in filters]
 
 
 def recommendation_config_of(model: Any) -> RecommendationConfig:

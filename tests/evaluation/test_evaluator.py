@@ -20,7 +20,7 @@ from hf_genrec.evaluation.evaluator import (
     popularity_buckets,
     training_counts,
 )
-from hf_genrec.evaluation.metrics import metrics_from_ranks, ranks_from_scores
+from hf_genrec.evaluation.metrics import metrics_from_ranks, ranks_from_scores, ranks_from_topk
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import RecommendationMixin
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
@@ -288,6 +288,38 @@ def test_the_evaluator_never_searches_wider_than_the_users_would():
     assert (lists[:, :5] >= 0).all() and (lists[:, 5:] == -1).all()
     wide = ModelRecommender(model, tokenizer, num_beams=20).recommend_topk(_histories(40).histories, 20, False)
     assert (wide >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_stock_models_read_a_history_once_for_both_settings(kind):
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    tokenizer = ItemTokenizer.from_codes([f"i{i}" for i in range(40)], _codes(40), codebook_sizes=(4, 5, 6))
+    torch.manual_seed(0)
+    if kind == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.5, pad_token_id=0, **sizes))
+    else:
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes))
+    model.recommendation_config = RecommendationConfig(num_beams=12, batch_size=7)
+    recommender, rows = ModelRecommender(model.eval(), tokenizer), _histories(40)
+    reads, start = [], recommender._decoder.start_decoding
+
+    def counted(*args):
+        reads.append(len(args[0]))
+        return start(*args)
+
+    recommender._decoder.start_decoding = counted
+    report = evaluate(recommender, rows, num_items=40, progress=False, bootstrap=0)
+    assert reads == [7, 7, 7, 4]
+    for remove, result in ((True, report.removed), (False, report.kept)):
+        alone = recommender.recommend_topk(rows.histories, 50, remove)
+        assert result.metrics == metrics_from_ranks(ranks_from_topk(alone, rows.targets), report.ks)
+    assert len(reads) == 12
+    with pytest.raises(IncompatibleComponentsError, match="seen removed and kept: row 0 lists item index"):
+        recommender.recommend_topk_both = lambda histories, k: [np.zeros((len(histories), k), int)] * 2
+        evaluate(recommender, rows, num_items=40, progress=False)
 
 
 def test_a_shared_code_is_no_free_hit():
