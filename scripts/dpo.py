@@ -65,9 +65,7 @@ class HistoryArguments:
     )
     window: int | None = field(
         default=None,
-        metadata={
-            "help": "Cut histories at every so many items: the pairs of a window share a pass (1 token per item)."
-        },
+        metadata={"help": "Cut histories at every so many items: the pairs of a window share a pass."},
     )
 
 

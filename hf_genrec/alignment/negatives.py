@@ -167,11 +167,9 @@ class NegativeSampler:
         if not len(chosen_M):
             return np.zeros((0, num_negatives), np.int64)
         users_M = None if users is None else np.asarray(users)
-        bounds = np.unique(np.append(np.searchsorted(histories.offsets, np.arange(0, histories.num_items, _BLOCK)), 0))
+        cuts = np.unique(np.searchsorted(histories.offsets, np.arange(_BLOCK, histories.num_items, _BLOCK)))
         parts = []
-        for block, rows in enumerate(
-            np.split(np.arange(len(chosen_M)), bounds[(bounds > 0) & (bounds < len(chosen_M))])
-        ):
+        for block, rows in enumerate(np.split(np.arange(len(chosen_M)), cuts[cuts < len(chosen_M)])):
             users_m = None if users_M is None else users_M[rows]
             draw = _Draw(histories.take(rows), chosen_M[rows], users_m, num_negatives, self.groups_N)
             sampler: NegativeSampler | None = self

@@ -171,24 +171,22 @@ class ModelRecommender:
             rows = order[start : start + self.batch_size]
             rows_B = [histories[int(r)] for r in rows]
             inputs = encode_batch(self.model, self.tokenizer, self.config, rows_B, self._users(rows, users))
-            seen = [np.unique(row) for row in rows_B]
-            for items_Mk, items_Bk in zip(found, self._search(inputs, min(k, self.num_beams), seen, settings)):
+            seen = [np.unique(row) for row in rows_B] if any(settings) else None
+            left_out = [seen if remove else None for remove in settings]
+            for items_Mk, items_Bk in zip(found, self._search(inputs, min(k, self.num_beams), left_out)):
                 items_Mk[rows, : items_Bk.shape[1]] = items_Bk.cpu().numpy()
         return found
 
-    def _search(self, inputs: dict, k: int, seen: list[np.ndarray], settings: Sequence[bool]) -> list[Any]:
-        from hf_genrec.generation.recommend import search_indices, search_with_and_without
+    def _search(self, inputs: dict, k: int, left_out: list[list[np.ndarray] | None]) -> list[Any]:
+        from hf_genrec.generation.recommend import search_each
 
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if self._decoder is None:
             options: dict[str, Any] = {"k": k, "num_beams": self.num_beams, "trie": self.trie, "config": self.config}
             ask = self.model.recommend_indices
-            return [ask(ids, mask, seen=seen if remove else None, **options)[0] for remove in settings]
+            return [ask(ids, mask, seen=seen, **options)[0] for seen in left_out]
         config = self.config.merged(k=k, num_beams=self.num_beams)
-        if len(settings) > 1:
-            return [items for items, _ in search_with_and_without(self._decoder, ids, mask, self.trie, config, seen)]
-        left_out = seen if settings[0] else None
-        return [search_indices(self._decoder, ids, mask, self.trie, config, seen=left_out)[0]]
+        return [items for items, _ in search_each(self._decoder, ids, mask, self.trie, config, left_out)]
 
     def _users(self, rows: np.ndarray, users: np.ndarray | None) -> list[str] | None:
         if self.user_ids is None or users is None:

@@ -237,20 +237,20 @@ def search_indices(
     return _searches(decoder, input_ids, attention_mask, trie, config, [item_filter])[0]
 
 
-def search_with_and_without(
+def search_each(
     decoder: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     trie: ItemTrie,
     config: RecommendationConfig,
-    seen: Sequence[np.ndarray],
+    seen: Sequence[Sequence[np.ndarray] | None],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`search_indices` with the seen items left out and with all items, the prompts read once.
+    """`search_indices` for each of several `seen`, the prompts read once.
 
     For decoders whose state serves any number of searches, as those of `scorer_for` around stock models do.
     """
     trie = trie.to(input_ids.device)
-    filters = [ItemFilter.from_rows(trie, seen), ItemFilter.from_rows(trie, None)]
+    filters = [ItemFilter.from_rows(trie, one) for one in seen]
     return _searches(decoder, input_ids, attention_mask, trie, config, filters)
 
 

@@ -41,7 +41,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
 from hf_genrec.alignment.rollouts import STRATEGIES, ItemRollouts, answer_tokens, check_prompts
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.decoding.beam_cache import CodeScores
-from hf_genrec.generation.decoding.causal_lm import longest_packed
+from hf_genrec.generation.decoding.causal_lm import additive_mask, longest_packed
 from hf_genrec.generation.decoding.kernel import child_log_probs
 from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.generation.trie import ItemTrie
@@ -372,8 +372,7 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         """The model's output, and its logits at every answer token (R, Q, V)."""
         inputs, host_R, index_RQ = packed_answers(ids_RT, mask_RT, answer_width)
         dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
-        additive = torch.zeros(inputs["attention_mask"].shape, dtype=dtype, device=ids_RT.device)
-        inputs["attention_mask"] = additive.masked_fill_(~inputs["attention_mask"], torch.finfo(dtype).min)
+        inputs["attention_mask"] = additive_mask(inputs["attention_mask"], dtype)
         kept = inputs["input_ids"].shape[1] - (ids_RT.shape[1] - answer_width) + 1
         options = {"logits_to_keep": kept} if self._keeps_few else {}
         with self.accelerator.autocast():

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+from hf_genrec.generation.decoding.causal_lm import additive_mask
 
 ITEM_HEADS = ("full", "items", "level")
 ANSWERS = ("answer_rows", "answer_places", "answer_tokens")
@@ -103,9 +104,7 @@ def add_item_head(model: Any, kind: str, tokenizer: Any = None) -> None:
     def forward(self: Any, *args: Any, item_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:  # eager attention adds it to the scores
-            dtype = self.get_input_embeddings().weight.dtype
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            kwargs["attention_mask"] = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
+            kwargs["attention_mask"] = additive_mask(mask, self.get_input_embeddings().weight.dtype)
         if not item_head:
             return previous(*args, **kwargs) if labels is None else previous(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False

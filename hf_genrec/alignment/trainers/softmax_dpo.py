@@ -44,7 +44,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from hf_genrec.alignment.preference_rows import ID_COLUMNS, WINDOW, as_answers, check_answers, check_length
 from hf_genrec.errors import TrainingError
-from hf_genrec.generation.decoding.causal_lm import longest_packed
+from hf_genrec.generation.decoding.causal_lm import longest_packed, needs_its_wrapper
 from hf_genrec.generation.recommend import recommendation_config_of
 
 from .adapter_reference import whole_reference_adapter
@@ -274,7 +274,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         collator: Any = self.data_collator
         shared = getattr(collator, "share_prompts", False)
         if shared:  # not where places move, or the head gives more than a score
-            moved = _has_virtual_tokens(self.model) or self.aux_loss_enabled
+            moved = needs_its_wrapper(self.model) or self.aux_loss_enabled
             collator.share_prompts = shared = not moved and all(has_plain_head(part) for part in parts)
             bounds = [bound for part in parts if (bound := longest_packed(part)) is not None]
             collator.longest_shared = min(bounds, default=None)
@@ -449,10 +449,6 @@ def _text_row(example: dict[str, Any], row: int, tokenizer: Any, max_length: int
     check_answers(row, prompt_ids[:shared], ids[0], ids[1:])
     check_length(row, shared, [len(answer) for answer in ids], max_length)
     return {"prompt_ids": prompt_ids[:shared], "chosen_ids": ids[0], "rejected_ids": ids[1:]}
-
-
-def _has_virtual_tokens(model: Any) -> bool:
-    return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def _check_models(model: Any, ref_model: Any) -> None:

@@ -194,12 +194,10 @@ class CausalLMScorer:
         dtype = self._inner.dtype
 
         def run(tokens_BQ: torch.Tensor, mask_BQS: torch.Tensor, positions_BQ: torch.Tensor, cache: Cache) -> Any:
-            additive = torch.zeros(mask_BQS.shape, dtype=dtype, device=mask_BQS.device)
-            additive.masked_fill_(~mask_BQS, torch.finfo(dtype).min)
             return self._forward(
                 head,
                 input_ids=tokens_BQ,
-                attention_mask=additive.unsqueeze(1),
+                attention_mask=additive_mask(mask_BQS, dtype).unsqueeze(1),
                 position_ids=positions_BQ,
                 past_key_values=cache,
                 use_cache=True,
@@ -255,6 +253,12 @@ class CausalLMScorer:
         return self.model(input_ids=ids, **options).logits[:, -1:]
 
 
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask (True: seen) as what attention adds to its scores."""
+    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
 def longest_packed(model: Any) -> int | None:
     """Tokens that may stand before a token of a row in which several continuations share a prompt (a 4-D attention mask).
 
@@ -275,12 +279,12 @@ def longest_packed(model: Any) -> int | None:
         and not getattr(model, "_is_stateful", False)
         and getattr(config, "_attn_implementation", None) in _SHARED_IMPLEMENTATIONS
         and kinds <= {"full_attention", "sliding_attention"}
-        and not _needs_its_wrapper(model)
+        and not needs_its_wrapper(model)
     )
     return window if packs else 0
 
 
-def _needs_its_wrapper(model: Any) -> bool:
+def needs_its_wrapper(model: Any) -> bool:
     """A PEFT wrapper that changes the inputs (prompt tuning, activated LoRA): its inner model alone is another model."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not hasattr(model, "get_base_model"):
