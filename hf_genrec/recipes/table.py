@@ -27,6 +27,7 @@ from hf_genrec.errors import RecipeError, TrainingError
 from hf_genrec.evaluation.bootstrap import paired_difference, pooled_means, quantile_bounds
 from hf_genrec.evaluation.metrics import values_from_ranks
 from hf_genrec.recipes.resolver import FOLDER, nearest, recipe_names, resolve_recipe
+from hf_genrec.recipes.table_run import TableJob
 
 METRICS = ("recall@10", "ndcg@10")
 
@@ -107,7 +108,7 @@ def run_table(
         base: the language model of recipes that have one (`model.base`).
 
     Raises:
-        RecipeError: an unknown table or recipe.
+        RecipeError: an unknown table or recipe, or `output_dir` has a result of other data, seconds or language model.
         TrainingError: a run failed (naming its log); the others are finished first.
     """
     known = table_recipes(table)
@@ -117,20 +118,23 @@ def run_table(
             raise RecipeError(f"unknown recipe {name!r}: {nearest(name, recipe_names())}")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [(name, seed) for seed in seeds for name in chosen if not _result_file(folder, name, seed).is_file()]
-    running: list[tuple[subprocess.Popen[bytes], str, int]] = []
+    shared = {"dataset": dataset, "train_seconds": train_seconds, "items": items, "data_dir": data_dir, "base": base}
+    jobs = [TableJob(name=name, seed=seed, **shared) for seed in seeds for name in chosen]  # type: ignore[typeddict-item]
+    waiting = _unfinished(folder, jobs)
+    running: list[tuple[subprocess.Popen[bytes], TableJob]] = []
     failed = []
     while waiting or running:
         while waiting and len(running) < processes:
-            name, seed = waiting.pop(0)
-            running.append((_start(folder, name, seed, dataset, items, data_dir, train_seconds, base), name, seed))
+            job = waiting.pop(0)
+            running.append((_start(folder, job), job))
             if progress:
-                print(f"started {name}, seed {seed}; {len(waiting)} waiting", flush=True)
+                print(f"started {job['name']}, seed {job['seed']}; {len(waiting)} waiting", flush=True)
         for entry in list(running):
-            process, name, seed = entry
+            process, job = entry
             if process.poll() is None:
                 continue
             running.remove(entry)
+            name, seed = job["name"], job["seed"]
             if not _result_file(folder, name, seed).is_file():
                 failed.append(f"{name} seed {seed} ({_result_file(folder, name, seed).with_suffix('.log')})")
             elif progress:
@@ -149,20 +153,28 @@ def _result_file(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name}-{seed}.json"
 
 
-def _start(
-    folder: Path,
-    name: str,
-    seed: int,
-    dataset: str,
-    items: str | None,
-    data_dir: str | None,
-    train_seconds: float,
-    base: str | None,
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hf_genrec.recipes.table_run", name, str(seed), dataset]
-    command += [str(_result_file(folder, name, seed)), str(train_seconds), items or "", data_dir or "", base or ""]
+def _unfinished(folder: Path, jobs: list[TableJob]) -> list[TableJob]:
+    """The jobs without a result; a result of another job (data, seconds, language model) is an error, not an answer."""
+    left = []
+    for job in jobs:
+        file = _result_file(folder, job["name"], job["seed"])
+        if not file.is_file():
+            left.append(job)
+            continue
+        found = json.loads(file.read_text()).get("job") or {}
+        other = [f"{key} {found.get(key)!r}" for key in job if found.get(key) != job[key]]  # type: ignore[literal-required]
+        if other:
+            raise RecipeError(
+                f"{file} is the result of another run ({', '.join(other)}); choose another output_dir or delete the file"
+            )
+    return left
+
+
+def _start(folder: Path, job: TableJob) -> subprocess.Popen[bytes]:
+    file = _result_file(folder, job["name"], job["seed"])
+    command = [sys.executable, "-m", "hf_genrec.recipes.table_run", json.dumps(job), str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with open(_result_file(folder, name, seed).with_suffix(".log"), "wb") as log:
+    with open(file.with_suffix(".log"), "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 

@@ -16,6 +16,19 @@ from hf_genrec.recipes.table import TABLES, collect_table, read_table, render_ta
 CARDS = Path(__file__).parents[2] / "model_cards"
 
 
+def job(name: str, **changed: object) -> table_run.TableJob:
+    made = {
+        "name": name,
+        "seed": 0,
+        "dataset": "d",
+        "train_seconds": 30.0,
+        "items": None,
+        "data_dir": None,
+        "base": None,
+    }
+    return table_run.TableJob(**(made | changed))
+
+
 def write_run(folder: Path, name: str, seed: int, ranks: list[int | None], popular: list[int | None]) -> None:
     metrics = {"dataset": "d", "protocol": "leave_one_out", "identifiers": {"collision_rate": 0.25}, "wall_seconds": {}}
     run = {
@@ -76,7 +89,7 @@ def test_budget_and_language_model_reach_the_recipe(tmp_path, monkeypatch, name,
 
     monkeypatch.setattr("hf_genrec.recipes.pipeline.train_recipe", train)
     with pytest.raises(InterruptedError):
-        table_run.run(name, 0, "d", tmp_path / "x.json", 30.0, None, None, base)
+        table_run.run(job(name, base=base), tmp_path / "x.json")
     given = resolve_recipe(name).model.get("base")
     assert seen[0].model.get("base") == (base if given and base else given)
     assert seen[0].training["max_train_seconds"] == 30.0 and seen[0].training["train_clock"] == "cpu"
@@ -89,6 +102,24 @@ def test_a_table_has_its_own_reference(tmp_path) -> None:
     assert table["reference"] == "sasrec" and [row["recipe"] for row in table["rows"]] == ["item_lm", "sasrec"]
     assert table["rows"][0]["difference_to_reference"]["recall@10"]["difference"] == 0.5
     assert "NDCG@10 - sasrec" in render_table(table)
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("dataset", "e"), ("train_seconds", 31.0), ("base", "models/other"), ("items", "items.csv")]
+)
+def test_a_result_of_another_run_is_not_taken_for_this_one(tmp_path, monkeypatch, key, other) -> None:
+    def start(folder, asked):
+        raise AssertionError(f"{asked} was started")
+
+    monkeypatch.setattr("hf_genrec.recipes.table._start", start)
+    write_run(tmp_path, "sasrec", 0, [1, None], [1, None])
+    path = tmp_path / "sasrec-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": job("sasrec", **{key: other})}), encoding="utf-8")
+    options = {"recipes": ["sasrec"], "seeds": [0], "train_seconds": 30.0, "progress": False}
+    with pytest.raises(RecipeError, match=f"sasrec-0.json is the result of another run .{key} "):
+        run_table("language", "d", tmp_path, **options)
+    if key == "items":  # asked for as it was: nothing is started
+        run_table("language", "d", tmp_path, **(options | {"items": other}))
 
 
 def test_unknown_tables_and_recipes_are_named(tmp_path) -> None:
