@@ -171,22 +171,24 @@ class ModelRecommender:
             rows = order[start : start + self.batch_size]
             rows_B = [histories[int(r)] for r in rows]
             inputs = encode_batch(self.model, self.tokenizer, self.config, rows_B, self._users(rows, users))
-            seen = [np.unique(row) for row in rows_B] if any(settings) else None
-            left_out = [seen if remove else None for remove in settings]
-            for items_Mk, items_Bk in zip(found, self._search(inputs, min(k, self.num_beams), left_out)):
+            seen = [np.unique(row) for row in rows_B]
+            known = [(seen, None) if remove else (None, seen) for remove in settings]
+            for items_Mk, items_Bk in zip(found, self._search(inputs, min(k, self.num_beams), known)):
                 items_Mk[rows, : items_Bk.shape[1]] = items_Bk.cpu().numpy()
         return found
 
-    def _search(self, inputs: dict, k: int, left_out: list[list[np.ndarray] | None]) -> list[Any]:
+    def _search(self, inputs: dict, k: int, known: Sequence[tuple[list | None, list | None]]) -> list[Any]:
+        """Items of each setting: (items left out, items that the user had already and that stay)."""
         from hf_genrec.generation.recommend import search_each
 
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if self._decoder is None:
             options: dict[str, Any] = {"k": k, "num_beams": self.num_beams, "trie": self.trie, "config": self.config}
             ask = self.model.recommend_indices
-            return [ask(ids, mask, seen=seen, **options)[0] for seen in left_out]
+            again = [{"repeats": repeats} if repeats and self.config.repeat_weight else {} for _, repeats in known]
+            return [ask(ids, mask, seen=seen, **options, **more)[0] for (seen, _), more in zip(known, again)]
         config = self.config.merged(k=k, num_beams=self.num_beams)
-        return [items for items, _ in search_each(self._decoder, ids, mask, self.trie, config, left_out)]
+        return [items for items, _ in search_each(self._decoder, ids, mask, self.trie, config, known)]
 
     def _users(self, rows: np.ndarray, users: np.ndarray | None) -> list[str] | None:
         if self.user_ids is None or users is None:

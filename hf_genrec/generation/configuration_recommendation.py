@@ -27,6 +27,8 @@ class RecommendationConfig:
         k: items to return per user (>= 1).
         num_beams: width of the search (>= 1); widened to `k` where it is smaller, because k items need k beams.
         exclude_seen: never return an item of the user's own history.
+        repeat_weight: where seen items stay (`exclude_seen=False`), added to the score of each: below 0 for users who rarely
+            take an item twice, above for those who return to it. Recipes can choose it on the validation part.
         max_history: newest items of a history that the model reads; None = as many as the tokenizer keeps.
         dense_weight: weight of a model's dense head in the final score; 0 = generation alone. Models without a dense
             head ignore it.
@@ -48,6 +50,7 @@ class RecommendationConfig:
     k: int = 10
     num_beams: int = 50
     exclude_seen: bool = True
+    repeat_weight: float = 0.0
     max_history: int | None = None
     dense_weight: float = 0.0
     renormalize: bool = False
@@ -67,9 +70,12 @@ class RecommendationConfig:
         for name in ("exclude_seen", "renormalize", "restrict_to_level"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        weight = self.dense_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise RequestError(f"dense_weight must be a finite number >= 0, got {weight!r}.")
+        for name, least in (("dense_weight", 0.0), ("repeat_weight", -math.inf)):
+            weight = getattr(self, name)
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight < least:
+                above = "" if least else " >= 0"
+                raise RequestError(f"{name} must be a finite number{above}, got {weight!r}.")
         if not isinstance(self.decoding, str) or not self.decoding:
             raise RequestError(f"decoding must be the name of a search, got {self.decoding!r}.")
         if not isinstance(self.decoding_options, dict) or not all(

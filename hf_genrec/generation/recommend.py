@@ -30,6 +30,7 @@ from .search import (
     recommend_histories,
     recommend_prompts,
     search_items,
+    search_with_repeats,
 )
 from .trie import ItemTrie
 
@@ -158,6 +159,7 @@ class RecommendationMixin:
         k: int | None = None,
         num_beams: int | None = None,
         seen: Sequence[np.ndarray] | None = None,
+        repeats: Sequence[np.ndarray] | None = None,
         allowed_BN: torch.Tensor | None = None,
         config: RecommendationConfig | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,13 +169,16 @@ class RecommendationMixin:
             input_ids, attention_mask: (B, T), on the model's device.
             trie: of the model's catalogue.
             seen: item indices to leave out, per user; None leaves out nothing (`config.exclude_seen` is not read here).
+            repeats: item indices that stay, with `config.repeat_weight` added to their scores, per user.
             allowed_BN: bool table of items that may be returned.
 
         Returns:
             items_Bk (int64, -1 padded where fewer exist) and scores_Bk (-inf there).
         """
         config = (config or self.recommendation_config).merged(k=k, num_beams=num_beams)
-        return search_indices(self, input_ids, attention_mask, trie, config, seen=seen, allowed_BN=allowed_BN)
+        return search_indices(
+            self, input_ids, attention_mask, trie, config, seen=seen, repeats=repeats, allowed_BN=allowed_BN
+        )
 
     def score_all(
         self,
@@ -219,6 +224,9 @@ class RecommendationMixin:
         return torch.cat(scores) if scores else torch.zeros(0, trie.num_items)
 
 
+ItemRows = Sequence[np.ndarray]  # item indices per user
+
+
 def search_indices(
     decoder: Any,
     input_ids: torch.Tensor,
@@ -226,15 +234,12 @@ def search_indices(
     trie: ItemTrie,
     config: RecommendationConfig,
     *,
-    seen: Sequence[np.ndarray] | None = None,
+    seen: ItemRows | None = None,
+    repeats: ItemRows | None = None,
     allowed_BN: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`RecommendationMixin.recommend_indices` for any decoder, one of `scorer_for` around a stock model for instance."""
-    trie = trie.to(input_ids.device)
-    item_filter = (
-        ItemFilter.from_rows(trie, seen) if allowed_BN is None else ItemFilter.from_mask(trie, allowed_BN, seen)
-    )
-    return _searches(decoder, input_ids, attention_mask, trie, config, [item_filter])[0]
+    return search_each(decoder, input_ids, attention_mask, trie, config, [(seen, repeats)], allowed_BN=allowed_BN)[0]
 
 
 def search_each(
@@ -243,30 +248,37 @@ def search_each(
     attention_mask: torch.Tensor | None,
     trie: ItemTrie,
     config: RecommendationConfig,
-    seen: Sequence[Sequence[np.ndarray] | None],
+    known: Sequence[tuple[ItemRows | None, ItemRows | None]],
+    *,
+    allowed_BN: torch.Tensor | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`search_indices` for each of several `seen`, the prompts read once.
+    """`search_indices` for each of several pairs of `seen` and `repeats`, the prompts read once.
 
     For decoders whose state serves any number of searches, as those of `scorer_for` around stock models do.
     """
     trie = trie.to(input_ids.device)
-    filters = [ItemFilter.from_rows(trie, one) for one in seen]
-    return _searches(decoder, input_ids, attention_mask, trie, config, filters)
+    size = input_ids.shape[0]
 
+    def keep(left_out: ItemRows | None) -> ItemFilter | None:
+        if allowed_BN is None:
+            return ItemFilter.from_rows(trie, left_out)
+        return ItemFilter.from_mask(trie, allowed_BN, left_out)
 
-def _searches(
-    decoder: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    trie: ItemTrie,
-    config: Any,
-    filters: list,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
     model = decoder if hasattr(decoder, "modules") else getattr(decoder, "model", decoder)
+    found = []
     with evaluating(model):
         state = decoder.start_decoding(input_ids, attention_mask)
-        size = input_ids.shape[0]
-        return [search_items(decoder, state, trie, config, one, batch_size=size) for one in filters]
+        for seen, repeats in known:
+            if repeats is None or not config.repeat_weight:
+                found.append(search_items(decoder, state, trie, config, keep(seen), batch_size=size))
+                continue
+            new = repeats if seen is None else [np.concatenate(both) for both in zip(seen, repeats, strict=True)]
+            again = list(repeats)
+            if allowed_BN is not None:
+                again = [row[allowed.cpu().numpy()[row]] for row, allowed in zip(repeats, allowed_BN, strict=True)]
+            filters = keep(new), ItemFilter.from_rows(trie, seen, again)
+            found.append(search_with_repeats(decoder, state, trie, config, *filters, batch_size=size))
+    return found
 
 
 def recommendation_config_of(model: Any) -> RecommendationConfig:

@@ -21,7 +21,7 @@ from hf_genrec.generation.configuration_recommendation import RecommendationConf
 from hf_genrec.generation.recommend import recommend
 from hf_genrec.recipes.build import build_identifiers, build_model
 from hf_genrec.recipes.components import METHODS, QUANTIZERS
-from hf_genrec.recipes.resolver import Recipe, checked
+from hf_genrec.recipes.resolver import AT_VALIDATION, Recipe, checked
 from hf_genrec.recipes.stages.context import FeatureBlock, TrainingJob
 
 ITEMS, USERS, LENGTH = 48, 32, 9
@@ -91,8 +91,9 @@ def shrunk(recipe: Recipe) -> Recipe:
         training["method_options"] = steps | (training.get("method_options") or {})
     training |= {"max_steps": 1, "eval_strategy": "no", "report_to": "none", "logging_steps": 1000}
     training.pop("ema_decay", None)
-    if content["generation"].get("dense_weight") == "validation":
-        content["generation"]["dense_weight"] = 0.5
+    for name, value in (("dense_weight", 0.5), ("repeat_weight", -1.0)):
+        if content["generation"].get(name) == AT_VALIDATION:
+            content["generation"][name] = value
     return checked(content, recipe.provenance)
 
 

@@ -1,6 +1,6 @@
 """From a resolved recipe and a data set to an artefact folder: the stages in order, timed, each resumable where it is long.
 
-data -> split -> feature blocks -> identifiers -> tokenizer and model -> training -> fusion weight on the validation part
+data -> split -> feature blocks -> identifiers -> tokenizer and model -> training -> weights chosen on the validation part
 -> full-ranking test beside the baselines -> artefact folder. The test part is read once, at the end.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import trange
 
 from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
 from hf_genrec.artifacts import check_target
@@ -28,13 +27,11 @@ from hf_genrec.data.splits import Split, make_split
 from hf_genrec.errors import RequestError
 from hf_genrec.evaluation.evaluation_report import EvaluationReport
 from hf_genrec.evaluation.evaluator import evaluate, training_counts
-from hf_genrec.evaluation.metrics import ndcg_at_k, ranks_from_topk
-from hf_genrec.evaluation.recommenders import ModelRecommender, encode_batch
+from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.evaluation.report import plot_results
 from hf_genrec.evaluation.ties import tie_report
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import recommendation_config_of
-from hf_genrec.generation.trie import ItemTrie
 from hf_genrec.hub import save_artifact
 from hf_genrec.hub.identifier_plots import identifier_pictures
 from hf_genrec.hub.metrics_file import build_metrics
@@ -43,13 +40,13 @@ from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes import baselines as baseline_runs
 from hf_genrec.recipes.build import Identifiers, build_identifiers, build_model, trained_record
 from hf_genrec.recipes.components import METHODS, MODELS
-from hf_genrec.recipes.resolver import Recipe
+from hf_genrec.recipes.resolver import AT_VALIDATION, Recipe
 from hf_genrec.recipes.stages.context import TrainingJob
 from hf_genrec.recipes.stages.features import item_features
+from hf_genrec.recipes.weights import CHOICES, choose_weights
 
 logger = logging.getLogger(__name__)
 KS = (1, 5, 10, 20, 50)
-DENSE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BASELINES = ("popularity", "item_graph", "sasrec_ce")
 
 
@@ -102,29 +99,6 @@ def load_data_section(
     data = load_data(dataset, items=items, data_dir=data_dir, require_text=require_text, **options)
     data = align(data) if align else data
     return data, make_split(data, protocol, **(fractions if protocol == "global_time" else {}))
-
-
-@torch.no_grad()
-def choose_dense_weight(model: Any, tokenizer: ItemTokenizer, split: Split, progress: bool = True) -> dict[str, float]:
-    """NDCG@10 on the validation part per fusion weight (seen items removed): one search, its candidates rescored."""
-    config = model.recommendation_config.merged(dense_weight=0.0)
-    trie = ItemTrie.from_tokenizer(tokenizer, model.device)
-    histories, targets = split.validation.histories, torch.as_tensor(split.validation.targets).long()
-    ranks: dict[float, list[np.ndarray]] = {weight: [] for weight in DENSE_WEIGHTS}
-    for start in trange(0, len(targets), config.batch_size, desc="fusion weight", disable=not progress, leave=False):
-        rows = [histories[row] for row in range(start, min(start + config.batch_size, len(targets)))]
-        inputs = encode_batch(model, tokenizer, config, rows)
-        seen = [np.unique(row) for row in rows]
-        width = {"k": config.num_beams, "num_beams": config.num_beams}
-        items_BK, scores_BK = model.recommend_indices(**inputs, trie=trie, seen=seen, config=config, **width)
-        state = model.start_decoding(**inputs)
-        for weight in DENSE_WEIGHTS:
-            fused_BK = model.rescore_items(state, items_BK, scores_BK, config.merged(dense_weight=weight))
-            fused_BK = fused_BK.masked_fill(items_BK < 0, -torch.inf)
-            order_BK = fused_BK.argsort(dim=1, descending=True, stable=True)
-            ranked_BK = items_BK.gather(1, order_BK).cpu().numpy()
-            ranks[weight].append(ranks_from_topk(ranked_BK, targets[start : start + len(rows)].numpy()))
-    return {f"{weight:g}": ndcg_at_k(np.concatenate(found), 10) for weight, found in ranks.items()}
 
 
 def train_recipe(
@@ -190,11 +164,9 @@ def train_recipe(
         model = build_model(recipe, identifiers, seed=seed)
         tokenizer = identifiers.tokenizer  # a language model's own holds the catalogue beside its text
         generation = dict(recipe.generation)
-        dense_weight = generation.pop("dense_weight", 0.0)
-        at_validation = dense_weight == "validation"
-        model.recommendation_config = RecommendationConfig(
-            **generation, dense_weight=0.5 if at_validation else dense_weight
-        )
+        to_choose = [name for name in CHOICES if generation.get(name) == AT_VALIDATION]
+        before = {"dense_weight": 0.5, "repeat_weight": 0.0}  # while it trains
+        model.recommendation_config = RecommendationConfig(**generation | {name: before[name] for name in to_choose})
         checkpoints = folder.with_name(f"{folder.name}-checkpoints")
         settings: dict[str, Any] = {"output_dir": str(checkpoints), "seed": seed, "disable_tqdm": not progress}
         training = dict(recipe.training)
@@ -222,12 +194,8 @@ def train_recipe(
         if reads_newest and "sequence_training" in MODELS[recipe.model["type"]].gives:
             # these models cut to their newest positions themselves, and may use older items as "seen"
             model.recommendation_config = replace(model.recommendation_config, max_history=None)
-        fusion = None
         with stages("evaluation"):
-            if at_validation:
-                fusion = choose_dense_weight(model, tokenizer, split, progress)
-                best = max(fusion, key=lambda weight: fusion[weight])
-                model.recommendation_config = model.recommendation_config.merged(dense_weight=float(best))
+            reached = choose_weights(model, tokenizer, split, to_choose, progress)
             report, variants = evaluate_model(model, tokenizer, data, split, recipe.name, progress)
         with stages("baselines"):
             reports = baseline_runs.evaluate_simple(baselines, data, split, ks=KS, progress=progress)
@@ -249,7 +217,7 @@ def train_recipe(
         variants,
         reports,
         trained_record(identifiers, tokenizer),
-        fusion,
+        reached,
         trained.summary,
         stages.seconds,
         notes,
@@ -305,7 +273,7 @@ def collect_metrics(
     variants: dict[str, EvaluationReport],
     baselines: dict[str, EvaluationReport],
     health: dict[str, Any],
-    fusion: dict[str, float] | None,
+    chosen_weights: dict[str, dict[str, float]],
     training: dict[str, Any],
     seconds: dict[str, float],
     notes: list[str],
@@ -330,7 +298,7 @@ def collect_metrics(
         ties=tie_report(data, split),
         fingerprint=data_fingerprint(data, split),
         training={key: value for key, value in training.items() if value is not None},
-        validation_ndcg10_by_dense_weight=fusion,
+        **{f"validation_ndcg10_by_{name}": values for name, values in chosen_weights.items()},
         status=recipe.status,
         notes=notes or None,
     )

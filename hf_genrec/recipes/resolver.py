@@ -49,12 +49,14 @@ IDENTIFIERS = {
     "num_user_tokens": int,
     "history_eos": bool,
 }
+AT_VALIDATION = "validation"  # value of a weight that is chosen on the validation part
 GENERATION = {
     "k": int,
     "num_beams": int,
     "exclude_seen": bool,
     "renormalize": bool,
     "dense_weight": (float, int, str),
+    "repeat_weight": (float, int, str),
     "batch_size": int,
     "decoding": str,
     "decoding_options": dict,
@@ -387,6 +389,9 @@ def _check_losses(where: str, identifiers: dict[str, Any], quantizer: Component,
 def _check_generation(where: str, generation: dict[str, Any], model: Component) -> None:
     """The search exists, takes these options, and the model has the methods it needs."""
     _check("generation", generation, GENERATION)
+    for weight in ("dense_weight", "repeat_weight"):
+        if isinstance(generation.get(weight), str):
+            _choice(f"generation.{weight}", generation[weight], (AT_VALIDATION,))
     name = generation.get("decoding", "beam")
     _choice("generation.decoding", name, DECODING_STRATEGIES)
     strategy = DECODING_STRATEGIES[name]
