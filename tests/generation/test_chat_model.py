@@ -116,6 +116,10 @@ def test_chat_model_errors() -> None:
     chat = _chat_model(max_new_tokens=2000)
     with pytest.raises(RequestError, match=r"row 1: a prompt of \d+ tokens .* exceed the model's 2048 positions"):
         chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b " * 60}]])
+    chat.batch_size, told = 1, []
+    with pytest.raises(RequestError, match="row 1"):  # before anything is generated, that would be lost
+        chat([[{"role": "user", "content": text}] for text in ("a", "b " * 60)], on_answer=lambda *_: told.append(1))
+    assert not told
     chat.tokenizer.chat_template = None
     with pytest.raises(IncompatibleComponentsError, match="no chat template"):
         chat([[{"role": "user", "content": "a"}]])

@@ -252,6 +252,23 @@ def test_missing_score_decides_between_forgiving_and_not() -> None:
     assert ZeroShotRanker(forgetful, TITLES, rounds=5, missing_score=-1e4).rank([[5]], candidates).argmin() == 0
 
 
+def test_answers_that_had_to_be_repaired_are_counted() -> None:
+    """Complete; with a line too many; with a candidate missing; with one twice; naming none."""
+    answers = ["{a}\n{b}", "Sure:\n{a}\n{b}", "{b}", "{a}\n{b}\n{a}", "no idea"]
+
+    def chat(conversations):
+        return [text.format(a=shown(one)[0], b=shown(one)[1]) for text, one in zip(answers, conversations)]
+
+    ranker = ZeroShotRanker(chat, TITLES, rounds=5)
+    ranker.rank([[0]], [[1, 2]])
+    counts = ranker.counts
+    assert (counts.answers, counts.repaired, counts.unreadable, counts.unknown_lines) == (5, 3, 1, 2)
+    assert (counts.asked, counts.named) == (10, 7)
+    shares = counts.to_dict()
+    assert (shares["repaired_share"], shares["unreadable_share"], shares["named_share"]) == (0.6, 0.2, 0.7)
+    assert RankingParser(["Heat", "Up"]).parse("Up\nHeat\nUp\nUp").repeats == 2
+
+
 def test_retries_answers_without_any_candidate_and_never_looks_for_a_target() -> None:
     asked = []
 
