@@ -1,4 +1,4 @@
-"""`genrec recipes | train | evaluate | recommend | items | plots | export | doctor`: parse, call the library, print.
+"""`genrec recipes | train | evaluate | recommend | rank | items | plots | export | doctor`: parse, call the library, print.
 
 Errors of the library print as one paragraph on stderr with exit code 2; `--traceback` shows more.
 """
@@ -15,6 +15,11 @@ from typing import Any
 
 from hf_genrec import __version__
 from hf_genrec.errors import GenRecError, RequestError
+
+_STOPPED = {
+    "train": "stopped; `genrec train ... --resume` goes on from the newest checkpoint",
+    "rank": "stopped; the same command goes on from the answers in --output_dir, where it was given",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     from hf_genrec.cli.export import add_export_parser
     from hf_genrec.cli.items import add_items_parser
     from hf_genrec.cli.plots import add_plots_parser
+    from hf_genrec.cli.rank import add_rank_parser
 
+    _add_data_arguments(add_rank_parser(commands), required=False)
     add_items_parser(commands)
     add_plots_parser(commands)
     add_export_parser(commands)
@@ -153,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    if options.command in ("recommend", "evaluate", "items", "plots"):
+    if options.command in ("recommend", "evaluate", "rank", "items", "plots"):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # "Loading weights" says nothing to somebody who asked for recommendations
@@ -165,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(textwrap.fill(f"error: {error}", 120, break_long_words=False), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; `genrec train ... --resume` goes on from the newest checkpoint", file=sys.stderr)
+        print(_STOPPED.get(options.command, "stopped"), file=sys.stderr)
         return 130
 
 
@@ -186,6 +193,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from hf_genrec.cli.recommend import run_recommend
 
         result, text = run_recommend(options)
+    elif options.command == "rank":
+        from hf_genrec.cli.rank import run_rank
+
+        result, text = run_rank(options)
     elif options.command == "items":
         from hf_genrec.cli.items import run_items
 

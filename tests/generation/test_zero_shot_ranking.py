@@ -1,52 +1,29 @@
-"""Zero-shot ranking: prompts, parser, bootstrapping, chat models with hostile titles, a client against a loopback server."""
+"""Zero-shot ranking: prompts, parser, bootstrapping."""
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "identifiers"))
+from chat_cases import TITLES, Server, echo, shown
 from hostile_strings import hostile_strings
-from text_tokenizers import byte_level_bpe
 
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import IncompatibleComponentsError, RequestError
 from hf_genrec.evaluation.baselines import Popularity
 from hf_genrec.evaluation.evaluator import evaluate
-from hf_genrec.generation.logits_process import ItemTrieLogitsProcessor
 from hf_genrec.generation.ranking.bootstrap import draw_permutation
-from hf_genrec.generation.ranking.chat_client import ChatEndpoint, ChatEndpointError
-from hf_genrec.generation.ranking.chat_model import ChatModel, chat_token_ids
-from hf_genrec.generation.ranking.list_processor import CandidateListProcessor, split_list
+from hf_genrec.generation.ranking.chat_client import ChatEndpoint
 from hf_genrec.generation.ranking.parse import RankingParser, common_subsequence
 from hf_genrec.generation.ranking.probes import mean_ranks_by_slot, popularity_bias
 from hf_genrec.generation.ranking.prompts import RankingPrompt, quote_title, written_title
 from hf_genrec.generation.ranking.zero_shot import ZeroShotRanker, ZeroShotRecommender
-from hf_genrec.generation.token_trie import TokenTrie
-from hf_genrec.identifiers.segments import control_token_ids
-
-TITLES = [f"Film number {chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(60)]
-
-
-def shown(conversation) -> list[str]:
-    """The candidates of a prompt, as they are listed."""
-    listed = conversation[-1]["content"].split("turn to next:\n")[1].split("\n\nRank all")[0]
-    return [json.loads(line.split(". ", 1)[1]) for line in listed.splitlines()]
-
-
-def echo(conversations):
-    return ["\n".join(f"{n}. {title}" for n, title in enumerate(shown(one), 1)) for one in conversations]
-
 
 # ------------------------------------------------------------------------------------------------ prompts
 
@@ -275,6 +252,23 @@ def test_missing_score_decides_between_forgiving_and_not() -> None:
     assert ZeroShotRanker(forgetful, TITLES, rounds=5, missing_score=-1e4).rank([[5]], candidates).argmin() == 0
 
 
+def test_answers_that_had_to_be_repaired_are_counted() -> None:
+    """Complete; with a line too many; with a candidate missing; with one twice; naming none."""
+    answers = ["{a}\n{b}", "Sure:\n{a}\n{b}", "{b}", "{a}\n{b}\n{a}", "no idea"]
+
+    def chat(conversations):
+        return [text.format(a=shown(one)[0], b=shown(one)[1]) for text, one in zip(answers, conversations)]
+
+    ranker = ZeroShotRanker(chat, TITLES, rounds=5)
+    ranker.rank([[0]], [[1, 2]])
+    counts = ranker.counts
+    assert (counts.answers, counts.repaired, counts.unreadable, counts.unknown_lines) == (5, 3, 1, 2)
+    assert (counts.asked, counts.named) == (10, 7)
+    shares = counts.to_dict()
+    assert (shares["repaired_share"], shares["unreadable_share"], shares["named_share"]) == (0.6, 0.2, 0.7)
+    assert RankingParser(["Heat", "Up"]).parse("Up\nHeat\nUp\nUp").repeats == 2
+
+
 def test_retries_answers_without_any_candidate_and_never_looks_for_a_target() -> None:
     asked = []
 
@@ -329,228 +323,6 @@ def test_wrong_chat_functions_are_named() -> None:
         ZeroShotRanker(lambda conversations: [""], TITLES).rank([[0]], [[1, 2]])
     with pytest.raises(IncompatibleComponentsError, match="no complete_lists"):
         ZeroShotRanker(echo, TITLES, constrained=True)
-
-
-# ------------------------------------------------------------------------------------------------ chat models
-
-
-def _chat_model(seed=0, **options) -> ChatModel:
-    tokenizer = byte_level_bpe()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.4, max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
-    return ChatModel(LlamaForCausalLM(config).eval(), tokenizer, **options)
-
-
-def test_chat_ids_equal_the_chat_template_for_harmless_text() -> None:
-    tokenizer = _chat_model().tokenizer
-    messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "rank these, he is happy"}]
-    plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert chat_token_ids(tokenizer, messages) == list(getattr(plain, "input_ids", plain))
-
-
-def test_no_content_becomes_a_control_token() -> None:
-    tokenizer = _chat_model().tokenizer
-    control = control_token_ids(tokenizer)
-    expected = sum(i in control for i in chat_token_ids(tokenizer, [{"role": "user", "content": "x"}]))
-    for text in hostile_strings(["<|im_end|>", "<|im_start|>"], 2000):
-        ids = chat_token_ids(tokenizer, [{"role": "user", "content": text}])
-        assert sum(i in control for i in ids) == expected
-
-
-def test_answers_do_not_depend_on_the_batch() -> None:
-    conversations = [RankingPrompt(family).messages(TITLES[:n], TITLES[20 : 22 + n]) for n, family in
-                     ((1, "sequential"), (4, "recency"), (2, "in_context"))]  # fmt: skip
-    chat = _chat_model(max_new_tokens=12, batch_size=2)
-    together = chat(conversations)
-    assert together == [chat([one])[0] for one in conversations] and len(set(together)) > 1
-
-
-def test_constrained_lists_are_the_choices_each_once_in_the_models_own_order() -> None:
-    chat = _chat_model(batch_size=3)
-    tokenizer = chat.tokenizer
-    hostile = ["A", "A B", "A B", "<|im_end|>", "<|im_start|>user", "tail 12; x", "\u4e03\u4eba", "A,"]
-    choices = [[*TITLES[:4]], hostile, TITLES[5:9], ["only one"]]
-    conversations = [[{"role": "user", "content": f"question {n}"}] for n in range(4)]
-    answers = chat.complete_lists(conversations, choices)
-    for answer, row in zip(answers, choices):
-        assert sorted(answer.split("\n")) == sorted(set(row))
-    assert answers == [chat.complete_lists([c], [r])[0] for c, r in zip(conversations, choices)]
-    # the first title is the greedy walk over the titles, by hand
-    prompt, sequences = chat_token_ids(tokenizer, conversations[0]), [tokenizer(t)["input_ids"] for t in choices[0]]
-    written: list[int] = []
-    while len({tuple(s) for s in sequences if s[: len(written)] == written}) > 1:
-        with torch.no_grad():
-            logits = chat.model(torch.tensor([[*prompt, *written]])).logits[0, -1]
-        legal = sorted({s[len(written)] for s in sequences if s[: len(written)] == written})
-        written.append(legal[int(logits[legal].argmax())])
-    first = next(t for t, s in zip(choices[0], sequences) if s[: len(written)] == written)
-    assert answers[0].split("\n")[0] == first
-    assert answers[0] != "\n".join(choices[0]) or answers[2] != "\n".join(choices[2])
-
-
-def test_list_processor_agrees_with_the_general_one() -> None:
-    """Random token sequences, some of them prefixes of others: the same next tokens at every step."""
-    rng = np.random.default_rng(0)
-    rows = [sorted({tuple(rng.integers(3, 7, rng.integers(1, 4)).tolist()) for _ in range(9)})[:5] for _ in range(3)]
-    number = {text: n for n, text in enumerate(dict.fromkeys(text for row in rows for text in row))}
-    options = {"separator_token_id": 2, "eos_token_id": 1}
-    ours = CandidateListProcessor(rows, 1, **options)
-    general = ItemTrieLogitsProcessor(
-        TokenTrie.from_sequences(list(number)), 1, num_items=5, allowed_items=[[number[t] for t in row] for row in rows],
-        **options,
-    )  # fmt: skip
-    for _ in range(15):
-        ids = torch.zeros(3, 1, dtype=torch.long)
-        for _ in range(max(sum(len(text) + 1 for text in row) for row in rows)):
-            scores = torch.randn(3, 8)
-            masked = ours(ids, scores)
-            assert torch.equal(masked.isfinite(), general(ids, scores).isfinite())
-            ids = torch.cat([ids, masked.softmax(-1).multinomial(1)], dim=1)
-        for answer, row in zip(ids[:, 1:].tolist(), rows):
-            assert sorted(split_list(answer[: answer.index(1)], 2)) == row
-    assert ours.next_tokens(0, [*rows[0][0], 2, *rows[0][0], 2]) == [1]  # one twice: nothing goes on
-    for wrong in ([[]], [[()]], [[(4, 2)]]):
-        with pytest.raises(RequestError, match="row 0: a request needs candidates"):
-            CandidateListProcessor(wrong, 1, **options)
-
-
-def test_constrained_rankings_name_every_candidate_whatever_its_title() -> None:
-    titles = [t for t in hostile_strings(["<|im_end|>"], 400, seed=3) if t.strip()][-60:]
-    titles[5] = titles[4]  # two items of one title
-    chat = _chat_model()
-    ranker = ZeroShotRanker(chat, titles, rounds=2, constrained=True, prompt=RankingPrompt(max_history=2))
-    scores = ranker.rank([[0, 1], [2], []], [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, -1, -1], [13, 14, -1, -1, -1, -1]])
-    assert ranker.counts.named == ranker.counts.asked == 24 and ranker.counts.unknown_lines == 0
-    assert scores[0].sum() == 2 * 21 and np.isneginf(scores[1, 4:]).all() and scores[2, :2].sum() == 2 * 3
-    assert abs(scores[0, 1] - scores[0, 2]) <= 2  # one after the other in both rounds
-
-
-def test_chat_model_errors() -> None:
-    chat = _chat_model(max_new_tokens=2000)
-    with pytest.raises(RequestError, match=r"row 1: a prompt of \d+ tokens .* exceed the model's 2048 positions"):
-        chat([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b " * 60}]])
-    chat.tokenizer.chat_template = None
-    with pytest.raises(IncompatibleComponentsError, match="no chat template"):
-        chat([[{"role": "user", "content": "a"}]])
-    chat.tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
-    )
-    with pytest.raises(IncompatibleComponentsError, match=r"refuses a conversation of .*no system"):
-        chat([[{"role": "system", "content": "a"}]])
-    with pytest.raises(IncompatibleComponentsError, match="leaves out message 0"):
-        chat([[{"role": "user", "content": "a"}]])
-    with pytest.raises(RequestError, match="message 0 is"):
-        chat_token_ids(byte_level_bpe(), [{"role": "user", "content": None}])
-
-
-# ------------------------------------------------------------------------------------------------ endpoints
-
-
-class Server:
-    """A loopback chat server that plays a script: per request a status (and headers), then echoes the last word."""
-
-    def __init__(self, script=()):
-        self.script, self.requests, self.times = list(script), [], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((self.path, dict(self.headers), body))
-                    outer.times.append(time.monotonic())
-                    status, headers, raw = outer.script.pop(0) if outer.script else (200, {}, None)
-                if status == "drop":
-                    self.connection.close()
-                    return
-                if raw is None:
-                    answer = body["messages"][-1]["content"].split()[-1]
-                    raw = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]})
-                raw = raw.encode()
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(raw))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *args):
-                pass
-
-        self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *args):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def _ask(words):
-    return [[{"role": "user", "content": f"say {word}"}] for word in words]
-
-
-def test_endpoint_sends_the_request_and_keeps_the_order() -> None:
-    words = [f"w{n}" for n in range(20)]
-    with Server() as server:
-        chat = ChatEndpoint(server.url + "/", "tiny", api_key="key-1", temperature=0.2, max_tokens=5)
-        assert chat(_ask(words)) == words
-        path, headers, body = server.requests[0]
-    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer key-1"
-    assert body["model"] == "tiny" and body["temperature"] == 0.2 and body["max_tokens"] == 5
-    assert "key-1" not in repr(chat)
-
-
-def test_endpoint_waits_out_rate_limits_and_failures() -> None:
-    script = [(429, {"Retry-After": "0.15"}, "slow down"), (503, {}, "busy"), ("drop", {}, None), (500, {}, "oops")]
-    with Server(script) as server:
-        chat = ChatEndpoint(server.url, "tiny", backoff=0.02, retries=4)
-        assert chat(_ask(["done"])) == ["done"]
-        gaps = np.diff(server.times)
-    assert len(gaps) == 4 and gaps[0] >= 0.15  # what the server asked for
-    assert gaps[1] >= 0.04 and gaps[2] >= 0.08 and gaps[3] >= 0.16  # doubled each time
-
-
-@pytest.mark.parametrize(
-    "script, message, requests",
-    [
-        ([(401, {}, '{"error": {"message": "bad key"}}')], "status 401: bad key; check api_key", 1),
-        ([(404, {}, '{"detail": "no model"}')], "status 404: .*check base_url", 1),
-        ([(302, {"Location": "http://127.0.0.1:9/steal"}, "")], "status 302", 1),
-        ([(429, {}, "wait")] * 3, r"status 429: wait \(3 attempts\)", 3),
-        ([(200, {}, "<html>")], "no chat completion: '<html>'", 1),
-        ([(200, {}, '{"choices": []}')], "no chat completion", 1),
-    ],
-)
-def test_endpoint_errors_are_typed_and_never_show_the_key(script, message, requests) -> None:
-    with Server(script) as server:
-        chat = ChatEndpoint(server.url, "tiny", api_key="sk-secret", backoff=0.001, retries=2)
-        with pytest.raises(ChatEndpointError, match=message) as error:
-            chat(_ask(["x"]))
-        assert len(server.requests) == requests and "sk-secret" not in str(error.value)
-
-
-def test_endpoint_timeout_and_nobody_there() -> None:
-    with Server() as server:
-        closed = server.url
-    with pytest.raises(ChatEndpointError, match=r"2 attempts\); is the server running"):
-        ChatEndpoint(closed, "tiny", retries=1, backoff=0.001, timeout=1)(_ask(["x"]))
-    for url in ("file:///etc/passwd", "localhost:8000", "http://user:pw@host/v1"):
-        with pytest.raises(RequestError, match="base_url must look like"):
-            ChatEndpoint(url, "tiny")
-    with pytest.raises(RequestError, match="api_key holds characters"):
-        ChatEndpoint("http://h/v1", "tiny", api_key="a\nb")
 
 
 def test_an_endpoint_ranks() -> None:

@@ -8,15 +8,18 @@ Shape legend: B conversations, T tokens.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import jinja2
 import torch
+from safetensors import SafetensorError
 
-from ...errors import IncompatibleComponentsError, RequestError
+from ...errors import GenRecError, IncompatibleComponentsError, RequestError
 from ...identifiers.segments import encode_segments, text_encoder
 from ..search import evaluating
 from .list_processor import CandidateListProcessor, split_list
@@ -90,19 +93,76 @@ class ChatModel:
             self.generate = {"temperature": None, "top_p": None, "top_k": None, **self.generate}
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """One answer per conversation."""
+    @classmethod
+    def from_pretrained(cls, name: str, *, device: Any = None, **options: Any) -> ChatModel:
+        """A chat model of transformers by its folder or Hub id, in the precision it was saved in.
+
+        Args:
+            device: where it runs; default a GPU where there is one.
+            options: of the class.
+
+        Raises:
+            IncompatibleComponentsError: nothing that can be loaded, no safetensors, no causal LM, or no chat template.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if getattr(tokenizer, "chat_template", None) is None:  # the weights need not be read
+                raise IncompatibleComponentsError(
+                    f"the chat model {name!r} has no chat template: name an instruction-tuned model, not its base model."
+                )
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype="auto", use_safetensors=True, trust_remote_code=False
+            )
+        except GenRecError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise IncompatibleComponentsError(
+                f"the chat model {name!r} cannot be loaded ({reason}); give the folder or Hub id of an instruction-tuned "
+                "causal language model with safetensors."
+            ) from error
+        chat_token_ids(tokenizer, [{"role": "user", "content": "x"}])
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer, **options)
+
+    def identity(self) -> dict[str, Any]:
+        """What of this object an answer depends on, as JSON values (see `AnswerCache`): the weights, not the name."""
+        digest = blake2b(digest_size=16)
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        unimportant = ("_name_or_path", "transformers_version")
+        configs = [self.model.config, self.model.generation_config]
+        settings = [{k: v for k, v in one.to_dict().items() if k not in unimportant} for one in configs]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        digest.update(
+            json.dumps([settings, words, self.tokenizer.chat_template], sort_keys=True, default=repr).encode()
+        )
+        generate = json.loads(json.dumps(self.generate, default=repr))
+        return {"chat_model": digest.hexdigest(), "max_new_tokens": self.max_new_tokens, "generate": generate}
+
+    def __call__(
+        self, conversations: Sequence[Sequence[Message]], on_answer: Callable[[int, str], None] | None = None
+    ) -> list[str]:
+        """One answer per conversation; `on_answer` is called with each row and answer as soon as it is there."""
         prompts = [chat_token_ids(self.tokenizer, messages) for messages in conversations]
         answers = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in self._batches(prompts, [self.max_new_tokens] * len(prompts)):
             ids = self._generate(rows, prompts, self.max_new_tokens)
             for row, text in zip(rows, self.tokenizer.batch_decode(ids, skip_special_tokens=True)):
                 answers[row] = text
+                if on_answer is not None:
+                    on_answer(row, text)
         return answers
 
-    def complete_lists(self, conversations: Sequence[Sequence[Message]], choices: Sequence[Sequence[str]]) -> list[str]:
+    def complete_lists(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        choices: Sequence[Sequence[str]],
+        on_answer: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
         """Answers that are always valid: per conversation all of its choices, each once, one per line, in the order the
         model prefers.
 
@@ -111,6 +171,7 @@ class ChatModel:
 
         Args:
             choices: one list of texts per conversation. A control token spelled in a text is text.
+            on_answer: called with each row and answer as soon as it is there.
 
         Raises:
             RequestError: no choices, or one without tokens (row named).
@@ -129,9 +190,8 @@ class ChatModel:
         prompts = [chat_token_ids(self.tokenizer, messages) for messages in conversations]
         answers = [""] * len(prompts)
         separator = self._separator({token for text in tokens.values() for token in text})
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        lengths = [sum(len(text) + 1 for text in {tokens[text] for text in row}) for row in distinct]
+        for rows in self._batches(prompts, lengths):
             listed = [[tokens[text] for text in distinct[row]] for row in rows]
             processor = CandidateListProcessor(
                 listed,
@@ -139,7 +199,7 @@ class ChatModel:
                 separator_token_id=separator,
                 eos_token_id=self.tokenizer.eos_token_id,
             )
-            length = max(sum(len(text) + 1 for text in set(row)) for row in listed)
+            length = max(lengths[row] for row in rows)
             ids = self._generate(rows, prompts, length, logits_processor=[processor]).tolist()
             for row, answer in zip(rows, ids):
                 end = answer.index(self.tokenizer.eos_token_id)
@@ -151,7 +211,24 @@ class ChatModel:
                     if tokens[text] == part
                 ]
                 answers[row] = "\n".join(names)
+                if on_answer is not None:
+                    on_answer(row, answers[row])
         return answers
+
+    def _batches(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        """Rows of similar length together (padding costs as much as text does), all of them with room for their answers:
+        the longest come last, and what was generated before would be lost."""
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for rows in batches:
+            width, length = len(prompts[rows[-1]]), max(lengths[row] for row in rows)
+            if limit is not None and width + length > limit:
+                raise RequestError(
+                    f"row {rows[-1]}: a prompt of {width} tokens and an answer of up to {length} exceed the model's "
+                    f"{limit} positions; lower max_history, the number of candidates, or max_new_tokens."
+                )
+        return batches
 
     def _separator(self, used: set[int]) -> int:
         """A token that no choice holds, to stand between two of them: a line break, where it is one token."""
@@ -169,13 +246,6 @@ class ChatModel:
     def _generate(self, rows: list[int], prompts: list[list[int]], max_new_tokens: int, **options: Any) -> torch.Tensor:
         """New tokens (B, T) of some prompts, padded on the left while they are read."""
         width = max(len(prompts[row]) for row in rows)
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and width + max_new_tokens > limit:
-            longest = max(rows, key=lambda row: len(prompts[row]))
-            raise RequestError(
-                f"row {longest}: a prompt of {width} tokens and an answer of up to {max_new_tokens} exceed the model's "
-                f"{limit} positions; lower max_history, the number of candidates, or max_new_tokens."
-            )
         ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for place, row in enumerate(rows):

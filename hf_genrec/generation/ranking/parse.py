@@ -34,10 +34,12 @@ class ParsedRanking:
     Attributes:
         order: places of the candidates that are named, best first, each once.
         unknown: lines that name none of them.
+        repeats: mentions of candidates that were named already.
     """
 
     order: tuple[int, ...]
     unknown: tuple[str, ...]
+    repeats: int = 0
 
 
 class RankingParser:
@@ -52,7 +54,7 @@ class RankingParser:
 
     Example:
         >>> RankingParser(["Heat", "Alien", "Up"]).parse("1. Alien\\n2. Aliens vs Heat\\n3. Alien")
-        ParsedRanking(order=(1, 0), unknown=())
+        ParsedRanking(order=(1, 0), unknown=(), repeats=1)
     """
 
     def __init__(self, titles: Sequence[str], *, min_overlap: float = 0.9):
@@ -83,6 +85,7 @@ class RankingParser:
         left = {name: list(places) for name, places in self._places.items()}
         order: list[int] = []
         unknown: list[str] = []
+        repeats = 0
         for line in _THOUGHT.sub("", answer).splitlines():
             if not line.strip(_EDGES):
                 continue
@@ -92,7 +95,9 @@ class RankingParser:
             for name in found:
                 if left[name]:
                     order.append(left[name].pop(0))
-        return ParsedRanking(tuple(order), tuple(unknown))
+                else:
+                    repeats += 1
+        return ParsedRanking(tuple(order), tuple(unknown), repeats)
 
     def _read(self, line: str) -> list[str]:
         bare = _NUMBER.sub("", line)

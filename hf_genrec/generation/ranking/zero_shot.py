@@ -14,7 +14,7 @@ Shape legend: M users, C candidates, N items, k items returned.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,27 @@ class AnswerCounts:
     Attributes:
         answers: answers read (further attempts too).
         unreadable: answers that name no candidate.
+        repaired: answers that name some, but not all candidates once and nothing else: what is missing was put at the end,
+            lines that name none and repeats were passed over.
         asked, named: candidates that stood in the prompts, and those that the answers named.
         unknown_lines: lines that name no candidate.
     """
 
     answers: int = 0
     unreadable: int = 0
+    repaired: int = 0
     asked: int = 0
     named: int = 0
     unknown_lines: int = 0
+
+    def to_dict(self) -> dict[str, float]:
+        """The counts, and shares of the answers (`unreadable`, `repaired`) and of the candidates (`named`)."""
+        shares = {
+            "unreadable_share": self.unreadable / max(self.answers, 1),
+            "repaired_share": self.repaired / max(self.answers, 1),
+            "named_share": self.named / max(self.asked, 1),
+        }
+        return asdict(self) | {name: round(share, 4) for name, share in shares.items()}
 
 
 class ZeroShotRanker:
@@ -171,6 +183,8 @@ class ZeroShotRanker:
             orders.append(places[list(parsed.order)])
             self.counts.answers += 1
             self.counts.unreadable += not parsed.order
+            complete = len(parsed.order) == len(titles) and not parsed.unknown and not parsed.repeats
+            self.counts.repaired += bool(parsed.order) and not complete
             self.counts.asked += len(titles)
             self.counts.named += len(parsed.order)
             self.counts.unknown_lines += len(parsed.unknown)
