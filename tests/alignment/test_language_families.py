@@ -21,7 +21,8 @@ from language_cases import (
 )
 
 from hf_genrec.alignment.tasks.families import TaskData
-from hf_genrec.alignment.tasks.language_families import LanguageFamily, clipped
+from hf_genrec.alignment.tasks.fill import clipped
+from hf_genrec.alignment.tasks.language_families import LanguageFamily
 from hf_genrec.alignment.tasks.language_mixture import feedable, language_mixture
 from hf_genrec.alignment.tasks.language_rows import LanguageEncoder
 from hf_genrec.alignment.tasks.templates_language import (

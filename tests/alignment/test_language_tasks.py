@@ -11,7 +11,6 @@ import pytest
 import torch
 from language_cases import (
     CHATML,
-    FLAT,
     IDS,
     ROWS,
     TEXT_TOKENIZERS,
@@ -23,25 +22,18 @@ from language_cases import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_genrec.alignment.tasks import language_rows
 from hf_genrec.alignment.tasks.families import TaskData
 from hf_genrec.alignment.tasks.language_families import LanguageFamily
 from hf_genrec.alignment.tasks.language_mixture import (
     language_mixture,
-    serving_texts,
 )
-from hf_genrec.alignment.tasks.language_prompts import prompt_dataset
 from hf_genrec.alignment.tasks.language_rows import LanguageEncoder
 from hf_genrec.alignment.tasks.templates_language import (
     LANGUAGE_FAMILIES,
     SERVING_WORDING,
-    language_wordings,
 )
-from hf_genrec.data.interactions import load_data
 from hf_genrec.data.sequences import Sequences
-from hf_genrec.data.splits import make_split
 from hf_genrec.errors import TrainingError
-from hf_genrec.identifiers.extend import encode_segments
 
 
 @pytest.fixture(scope="module")
@@ -129,52 +121,6 @@ def test_a_tokenizer_without_catalogue_speaks_of_titles(caplog):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- prompts
-
-
-def test_prompts_and_answers_make_the_rows(encoder):
-    data = data_with()
-    for family in ("next_item", "item_to_index", "fused_history:titles_to_item", "candidates"):
-        prompts = prompt_dataset(data, encoder, 30, family=family, num_candidates=4, seed=3)
-        source = LanguageFamily(family, data)
-        assert len(prompts) == 30
-        assert Counter(prompts["target"][: len(source)]) == Counter(
-            source.units.tolist() if source.about_items else [FLAT[unit] for unit in source.units]
-        )
-        for row in prompts:
-            answer = encoder.tokenizer.decode(row["answer_ids"])
-            item = encoder.tokenizer.decode(encoder.item(IDS[row["target"]]))
-            assert answer == (TITLES[row["target"]] + "<|im_end|>" if family == "candidates" else item)
-    assert prompt_dataset(data, encoder, 5, seed=3).to_list() == prompt_dataset(data, encoder, 5, seed=3).to_list()
-
-
-def test_prompts_of_evaluation_rows(tokenizer, encoder):
-    log = {"user_id": [], "item_id": [], "timestamp": []}
-    for user in range(4):
-        for step in range(6):
-            for name, value in zip(log, (f"u{user}", f"i{(user + step) % 10}", step)):
-                log[name].append(value)
-    data = load_data(log, items={"item_id": IDS, "title": TITLES}, min_user=0, min_item=0)
-    split = make_split(data)
-    tasks = TaskData.from_split(data, split)
-    before, after = serving_texts(encoder)
-    served = prompt_dataset(tasks, encoder, split.test, one_wording=True)
-    titles = prompt_dataset(tasks, encoder, split.test, family="fused_history:titles_to_title", held_out=True)
-    assert served["target"] == split.test.targets.tolist()
-    names = {wording.name for wording in language_wordings("fused_history", "titles_to_title", held_out=True)}
-    for place, row in enumerate(served):
-        history = split.test.histories[place].tolist()
-        assert row["history"] == history
-        segments = [("template", before), ("items", [data.item_ids[i] for i in history]), ("template", after)]
-        assert row["prompt_ids"] == encode_segments(tokenizer, segments)
-        text = tokenizer.decode(titles[place]["prompt_ids"])
-        assert all(tasks.titles[item] in text for item in history) and titles[place]["template"] in names
-        assert tokenizer.decode(titles[place]["answer_ids"]) == f"{tasks.titles[row['target']]}<|im_end|>"
-    for family in ("yes_no", "chat"):
-        with pytest.raises(TrainingError, match="do not ask for one item"):
-            prompt_dataset(tasks, encoder, 3, family=family)
-
-
 # ---------------------------------------------------------------------------------------------------- hostile texts
 
 
@@ -223,27 +169,6 @@ def hostile_tokenizer(name: str, number: int):
 def test_ten_thousand_hostile_titles_forge_nothing(style):
     texts = hostile_strings(["<|im_start|>", "<|im_end|>", "<a_1>", "<b_7>"], 10_000)
     assert forged(hostile_tokenizer("merged_marker_bpe", 10_000), style, texts, every=7) == []
-
-
-@pytest.mark.parametrize("style", ["plain", "chat"])
-@pytest.mark.parametrize("name", TEXT_TOKENIZERS)
-def test_hostile_texts_forge_nothing_with_any_tokenizer(name, style):
-    tokenizer = hostile_tokenizer(name, 401)
-    texts = hostile_strings(list(tokenizer.get_added_vocab())[:8], 401)
-    assert forged(tokenizer, style, texts) == []
-
-
-def test_the_strings_do_bite(monkeypatch):
-    """The same check finds forged tokens in every family when texts are encoded like templates: it can fail."""
-    tokenizer = hostile_tokenizer("byte_level_bpe", 401)
-    real = language_rows.encode_segments
-
-    def careless(tokenizer, segments):
-        return real(tokenizer, [("template" if kind == "text" else kind, content) for kind, content in segments])
-
-    monkeypatch.setattr(language_rows, "encode_segments", careless)
-    found = forged(tokenizer, "chat", hostile_strings(["<|im_start|>", "<|im_end|>"], 401))
-    assert {entry.split()[0] for entry in found} == set(LANGUAGE_FAMILIES) - {"next_item"}
 
 
 # ---------------------------------------------------------------------------------------------------- training

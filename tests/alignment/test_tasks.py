@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_genrec.alignment.tasks.families import FamilyExamples, TaskData, usable, usable_families
-from hf_genrec.alignment.tasks.fill import ExampleEncoder, fill
+from hf_genrec.alignment.tasks.families import FamilyExamples, TaskData, usable
+from hf_genrec.alignment.tasks.fill import ITEM_FIELDS, ExampleEncoder, fill
 from hf_genrec.alignment.tasks.mixture import (
     PairRows,
     PrefixRows,
@@ -24,6 +25,7 @@ from hf_genrec.alignment.tasks.mixture import (
     serving_prompt,
     task_mixture,
 )
+from hf_genrec.alignment.tasks.requested import usable_families
 from hf_genrec.alignment.tasks.templates import FAMILIES, FIELDS, TEMPLATES, template_texts, wordings
 from hf_genrec.data.interactions import load_data
 from hf_genrec.data.sequences import Sequences
@@ -194,6 +196,32 @@ def test_answers_are_true():
             assert (float(shown) == stars) == (answer == "yes")
 
 
+def test_titles_that_are_asked_about_exist_and_their_answers_are_true():
+    """Half of the items have no title, and an item that nobody shares has the title of one that users had."""
+    titles = [["", " "][n % 4 // 2] if n % 2 else f"Title {n}" for n in range(10)]
+    titles[6] = "Title 0"
+    data = data_with(*EVERYTHING)
+    data = TaskData(data.train, IDS, titles, data.columns)
+    generator, answers, shown = np.random.default_rng(0), Counter(), Counter()
+    asked = {template.name for template in TEMPLATES if template.kind == "yes_no_title"}
+    for family in FAMILIES:
+        examples, kinds = FamilyExamples(family, data), {t.name for t in wordings(family) if "title" in t.fields()}
+        for _ in range(400 if kinds else 0):
+            example = examples.draw(generator)
+            if example.template not in kinds:
+                continue
+            shown[family] += 1
+            texts = [content for kind, content in example.source + example.target if kind == "text"]
+            assert all(text.strip() for text in texts)
+            if example.template not in asked:
+                continue
+            user, title = texts[:2] if texts[0].startswith("user_") else texts[1::-1]
+            answers[texts[2]] += 1
+            had = {titles[item] for item in ROWS[int(user.removeprefix("user_")) - 1]}
+            assert title in titles and (title in had) == (texts[2] == "yes")
+    assert min(answers["yes"], answers["no"]) > 10 and set(shown) == {"direct", "explanation"}
+
+
 def test_ratings_come_from_the_log_and_the_training_part(tmp_path):
     log = {"user_id": [], "item_id": [], "timestamp": [], "stars": []}
     for user in range(4):
@@ -284,27 +312,27 @@ def test_prefixes_for_models_that_do_not_pack(tokenizer):
 
 @pytest.mark.parametrize("name", [*TEXT_TOKENIZERS, "own"])
 def test_no_title_and_no_review_forges_a_token(name, tokenizer):
-    """10,000 hostile texts over five tokenizers (2,000 each, and the library's own), in wordings that show texts."""
+    """10,000 hostile texts over five tokenizers (2,000 each, and the library's own), in all wordings and text fields."""
     if name != "own":
         tokenizer = tokenizer_from_names(text_tokenizer(name), IDS, [[f"<I{n}>"] for n in range(10)])
     encoder = ExampleEncoder(tokenizer, max_source=10_000, max_target=10_000)
     control = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
     if list(tokenizer.special_tokens_map.values()).count(tokenizer.unk_token) == 1:
         control.discard(tokenizer.unk_token_id)
-    templates = [t for t in TEMPLATES if {"title", "review", "headline", "explanation", "feature"} & t.fields()]
+    text_fields = [name for name in FIELDS if name not in ITEM_FIELDS]
+    templates = [template for template in TEMPLATES if template.fields() & set(text_fields)]
     texts = hostile_strings(list(tokenizer.get_added_vocab()), 2000)
     forged = []
     for place, text in enumerate(texts):
         template = templates[place % len(templates)]
-        values = dict.fromkeys(("title", "review", "headline", "explanation", "feature"), text)
-        values |= {"user": "user_1", "item": "i1", "rating": 4.0, "answer": "yes"}
-        example = fill(template, values)
-        source, target = encoder(example)
-        allowed = tokenizer.item_token_ids("i1") * sum(kind == "items" for kind, _ in example.source)
-        written = [token for token in source if token in control]
-        target = target if tokenizer.eos_token_id is None else target[:-1]
-        if written != [token for token in allowed if token in control] or not control.isdisjoint(target):
-            forged.append(text)
+        example = fill(template, dict.fromkeys(text_fields, text) | dict.fromkeys(ITEM_FIELDS, "i1"))
+        sides = encoder(example)
+        for side, segments in zip(sides, (example.source, example.target)):
+            allowed = tokenizer.item_token_ids("i1") * sum(kind == "items" for kind, _ in segments)
+            if segments is example.target and segments[-1][0] != "items" and tokenizer.eos_token_id is not None:
+                allowed = [*allowed, tokenizer.eos_token_id]
+            if [token for token in side if token in control] != [token for token in allowed if token in control]:
+                forged.append(text)
     assert forged == []
 
 

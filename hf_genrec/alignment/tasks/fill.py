@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_genrec.errors import ItemTableError
+from hf_genrec.errors import ItemTableError, TrainingError
 from hf_genrec.identifiers.segments import encode_segments
 
 from .templates import Template
@@ -26,15 +26,35 @@ class Example:
     Args:
         source, target: lists of ("template" | "text", str) and ("items", [item ids]).
         template: name of the wording.
+        history: place of the source segment that may lose its oldest items, None for a source without one.
+        where: names the example in errors: its family, item and training row.
     """
 
     source: list[Segment]
     target: list[Segment]
     template: str
+    history: int | None = None
+    where: str = ""
 
 
-def fill(template: Template, values: Mapping[str, Any]) -> Example:
+def clipped(text: str, limit: int) -> str:
+    """At most `limit` characters, cut at a blank where there is one.
+
+    >>> clipped("a long title", 8)
+    'a long'
+    """
+    text = text.strip()
+    if len(text) <= limit:
+        return text
+    cut = text[: limit + 1]
+    return (cut.rsplit(None, 1)[0] if len(cut.split()) > 1 else text[:limit]).strip()
+
+
+def fill(template: Template, values: Mapping[str, Any], where: str = "") -> Example:
     """The wording with its values: item fields take lists of item ids (or one id), the others anything printable.
+
+    Args:
+        where: names the example in errors.
 
     Raises:
         ItemTableError: a field without a value (named).
@@ -61,7 +81,9 @@ def fill(template: Template, values: Mapping[str, Any]) -> Example:
                 segments.append(("text", f"{value:g}" if isinstance(value, float) else str(value)))
         return segments
 
-    return Example(side("source"), side("target"), template.name)
+    parts = template.parts("source")
+    history = parts.index(("history",)) if ("history",) in parts else None
+    return Example(side("source"), side("target"), template.name, history, where or f"wording {template.name}")
 
 
 class ExampleEncoder:
@@ -69,9 +91,13 @@ class ExampleEncoder:
 
     A target that ends in an item ends in the item's own end token; every other target gets the tokenizer's end token.
 
+    A source that is too long loses whole items of its history, the oldest first and never the last one; then the longest
+    text (a review) loses its end. A text target that is too long loses its end too and is ended all the same. Items are
+    never cut in two, wordings never at all.
+
     Args:
         tokenizer: a text tokenizer that carries a catalogue, with an end token.
-        max_source, max_target: longest source and target; a source loses its first tokens, a target its last ones.
+        max_source, max_target: most tokens of a source and of a target with its end.
     """
 
     def __init__(self, tokenizer: Any, max_source: int = 512, max_target: int = 64) -> None:
@@ -95,9 +121,46 @@ class ExampleEncoder:
         return ids
 
     def __call__(self, example: Example) -> tuple[list[int], list[int]]:
-        """Source and target of one example."""
-        source = self.encode(example.source)[-self.max_source :]
-        target = self.encode(example.target)[: self.max_target - 1]
+        """Source and target of one example.
+
+        Raises:
+            TrainingError: an item in the target, or wording and items of the source, take more tokens than allowed.
+        """
+        source = [self.encode([segment]) for segment in example.source]
+        target = [self.encode([segment]) for segment in example.target]
         if not example.target or example.target[-1][0] != "items":
-            target = target + self.end
-        return source, target
+            target.append(self.end)
+        self._drop_items(source, example)
+        return (
+            self._fitting(source, example.source, "source", self.max_source, example.where),
+            self._fitting(target, example.target, "target", self.max_target, example.where),
+        )
+
+    def _drop_items(self, pieces: list[list[int]], example: Example) -> None:
+        """Take the oldest items out of the history's piece until the source fits or one item is left."""
+        excess = sum(map(len, pieces)) - self.max_source
+        if excess <= 0 or example.history is None:
+            return
+        names = [self.encode([("items", [item_id])]) for item_id in example.source[example.history][1]]
+        while excess > 0 and len(names) > 1:
+            excess -= len(names.pop(0))
+        pieces[example.history] = [token for name in names for token in name]
+
+    def _fitting(
+        self, pieces: list[list[int]], segments: Sequence[Segment], side: str, limit: int, where: str
+    ) -> list[int]:
+        """The pieces one after the other, the longest text shortened where they are too long."""
+        full = sum(map(len, pieces))
+        texts = [place for place, (kind, _) in enumerate(segments) if kind == "text"]
+        if full > limit and texts:
+            longest = max(texts, key=lambda place: len(pieces[place]))
+            kept = max(1, len(pieces[longest]) - (full - limit))
+            pieces[longest] = pieces[longest][:kept]
+        if sum(map(len, pieces)) > limit:
+            named = [content[0] for kind, content in segments if kind == "items"] if side == "target" else []
+            what = f"the target, item {named[0]!r}," if named else f"the {side}, with one item of its history at most,"
+            raise TrainingError(
+                f"{where}: {what} takes {sum(map(len, pieces))} tokens, and max_{side} is {limit}: raise max_{side}, or "
+                "name items by fewer tokens."
+            )
+        return [token for piece in pieces for token in piece]

@@ -3,8 +3,8 @@
 History, ratings and wishes come from the training rows alone; titles and descriptions belong to the catalogue, so the two
 families that tie an item's tokens to its texts cover all items that have some. What the data lacks is never made up: a
 wording whose fields cannot be filled is left out, and a family without wordings too (with a log line). Two fields have
-declared stand-ins, named in the log: an item's own description or groups for what somebody looks for, the most frequent
-groups of a history for what somebody likes.
+declared stand-ins, named in the log, where no column holds them (a family may name its own, `requested.family_weights`): an
+item's own description or groups for what somebody looks for, the most frequent groups of a history for what somebody likes.
 
 Shape suffixes: n interactions of the training rows, N items, U units (interactions or items) of a family, W wordings.
 """
@@ -16,15 +16,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 
-from .families import TaskData
+from .families import TaskData, filled
+from .fill import Example, clipped
 from .language_rows import Conversation, History, Segment
-from .templates_language import HISTORY_FIELDS, LANGUAGE_FAMILIES, Wording, language_wordings
+from .requested import unknown_family
+from .templates_language import LANGUAGE_FAMILIES, Wording, language_wordings
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Case:
 
     item: int
     history: np.ndarray
-    position: int  # in the training rows, -1 for none (an item, an evaluation row)
+    position: int  # in the training rows, -1 for none (an item)
     row: int
     generator: np.random.Generator
     owned: Callable[[], set[int]]  # title numbers of the user's items
@@ -126,8 +127,9 @@ class LanguageFamily:
         name, _, kind = family.partition(":")
         if not language_wordings(name, kind or None):
             kinds = dict.fromkeys(wording.kind for wording in language_wordings(name))
-            choices = f"its kinds are {', '.join(kinds)}" if kinds else f"choose of {', '.join(LANGUAGE_FAMILIES)}"
-            raise TrainingError(f"unknown task family {family!r}: {choices}.")
+            if not kinds:
+                raise unknown_family(family, LANGUAGE_FAMILIES)
+            raise TrainingError(f"unknown task family {family!r}: its kinds are {', '.join(kinds)}.")
         if name == "candidate_letters" and not 2 <= num_candidates <= 26:
             raise IncompatibleComponentsError(
                 f"task family {family!r}: num_candidates is {num_candidates}: letters allow 2 to 26"
@@ -135,7 +137,7 @@ class LanguageFamily:
         self.wordings = usable_wordings(name, data, kind or None, held_out=held_out, items=items)
         self.about_items = name in ITEM_FAMILIES
         train, count = data.train, len(data.item_ids)
-        self.titled_N = _filled(data.titles, count)
+        self.titled_N = filled(data.titles, count)
         self.titled = np.flatnonzero(self.titled_N)
         self.titles = [clipped(title, max_title) for title in data.titles] if data.titles is not None else [""] * count
         numbers: dict[str, int] = {}
@@ -181,25 +183,6 @@ class LanguageFamily:
             wording = self.wordings[fitting[generator.integers(len(fitting))]]
         return self._conversation(wording, self._case(int(self.units[index]), generator))
 
-    def conversation_of(
-        self, item: int, history: np.ndarray, generator: np.random.Generator, wording: Wording | None = None
-    ) -> Conversation:
-        """A case that is no training row: this item asked for after this history (item indices, oldest first).
-
-        Raises:
-            TrainingError: no wording of the family can be filled for it.
-        """
-        kept = history[-self.max_history :] if self.max_history else history[:0]
-        fitting = [w for w in ([wording] if wording else self.wordings) if self._can(w, item, kept)]
-        if not fitting:
-            raise TrainingError(
-                f"task family {self.name!r}: item {self.data.item_ids[item]!r} after {len(kept)} items has not what its "
-                "wordings need (a title, a history)."
-            )
-        owned = {*self.title_number_N[history].tolist(), int(self.title_number_N[item])}
-        case = Case(int(item), kept, -1, -1, generator, lambda: owned)
-        return self._conversation(fitting[generator.integers(len(fitting))], case)
-
     def describe(self, index: int) -> str:
         """Names unit `index` in errors."""
         unit = int(self.units[index])
@@ -223,16 +206,16 @@ class LanguageFamily:
         if field in ("title", "candidates", "lettered", "letter"):
             return self.titled_N[item_of]
         if field in data.item_texts and field != "intention":
-            return _filled(data.item_texts[field], count)[item_of]
+            return filled(data.item_texts[field], count)[item_of]
         if field == "intention":
             source = _source(data, field)
             if source == "column":
-                return _filled(data.columns[field], len(item_of))
-            return _filled(data.item_texts["intention" if source == "item" else source or ""], count)[item_of]
+                return filled(data.columns[field], len(item_of))
+            return filled(data.item_texts["intention" if source == "item" else source or ""], count)[item_of]
         if field == "preference" and _source(data, field) == "column":
-            return _filled(data.columns[field], len(item_of))
+            return filled(data.columns[field], len(item_of))
         if field == "preference":  # of the history
-            return self._before(_filled(data.item_texts["genres"], count)[item_of])
+            return self._before(filled(data.item_texts["genres"], count)[item_of])
         if field == "history":
             return self._before(everywhere)
         if field == "titles":
@@ -252,25 +235,6 @@ class LanguageFamily:
         counts = np.append(0, np.cumsum(flags))
         here = np.arange(len(flags))
         return counts[here] > counts[np.maximum(self.begin, here - self.max_history)]
-
-    def _can(self, wording: Wording, item: int, history: np.ndarray) -> bool:
-        """The same of a case that is no training row."""
-        for field in wording.fields():
-            if field in HISTORY_FIELDS and not len(history):
-                return False
-            if field in ("liked", "disliked", "next", "next_title") or (field == "answer" and wording.kind == "rated"):
-                return False
-            if field in ("title", "candidates", "lettered", "letter") and not self.titled_N[item]:
-                return False
-            if field == "titles" and not self.titled_N[history].any():
-                return False
-            if field in ("description", "genres") and not self.data.item_texts[field][item].strip():
-                return False
-            if field == "intention" and not self._wish(item, -1):
-                return False
-            if field == "preference" and not self._taste(history, -1):
-                return False
-        return True
 
     # ------------------------------------------------------------------------------------------ filling in
 
@@ -342,14 +306,12 @@ class LanguageFamily:
     def _wish(self, item: int, position: int) -> str:
         source = _source(self.data, "intention")
         if source == "column":
-            return str(self.data.columns["intention"][position]).strip() if position >= 0 else ""
-        return clipped(
-            self.data.item_texts["intention" if source == "item" else source or ""][item], self.max_description
-        )
+            return str(self.data.columns["intention"][position]).strip()
+        return self.data.item_texts["intention" if source == "item" else source or ""][item]
 
     def _taste(self, history: np.ndarray, position: int) -> str:
         if _source(self.data, "preference") == "column":
-            return str(self.data.columns["preference"][position]).strip() if position >= 0 else ""
+            return str(self.data.columns["preference"][position]).strip()
         groups = self.data.item_texts["genres"]
         counts = Counter(group for item in history.tolist() for group in groups[item].split(", ") if group)
         return ", ".join(group for group, _ in counts.most_common(3))
@@ -392,7 +354,7 @@ _FILLERS: dict[str, Callable[[LanguageFamily, Case], list[Segment]]] = {
     "liked": lambda f, c: f._rated(c, True),
     "disliked": lambda f, c: f._rated(c, False),
     "intention": lambda f, c: [("text", clipped(f._wish(c.item, c.position), f.max_description))],
-    "preference": lambda f, c: [("text", f._taste(c.history, c.position))],
+    "preference": lambda f, c: [("text", clipped(f._taste(c.history, c.position), f.max_description))],
     "candidates": lambda f, c: f._candidates(c, False),
     "lettered": lambda f, c: f._candidates(c, True),
     "letter": lambda f, c: [("template", chr(65 + f._listed(c).index(c.item)))],
@@ -400,38 +362,10 @@ _FILLERS: dict[str, Callable[[LanguageFamily, Case], list[Segment]]] = {
 }
 
 
-def clipped(text: str, limit: int) -> str:
-    """At most `limit` characters, cut at a blank where there is one.
-
-    >>> clipped("a long title", 8)
-    'a long'
-    """
-    text = text.strip()
-    if len(text) <= limit:
-        return text
-    cut = text[: limit + 1]
-    return (cut.rsplit(None, 1)[0] if len(cut.split()) > 1 else text[:limit]).strip()
-
-
-def _filled(texts: Any, count: int) -> np.ndarray:
-    """(count,): is there a text?"""
-    if texts is None:
-        return np.zeros(count, bool)
-    return np.array([bool(str(text).strip()) for text in texts], bool)
-
-
-def p5_conversation(example: Any, parts: Sequence[str | tuple[str]]) -> Conversation:
-    """An example of P5's families whose history may lose its oldest items.
-
-    Args:
-        example: an `Example`.
-        parts: the source of its template, cut at its fields.
-    """
-    question: list[Segment] = []
-    for part, (kind, content) in zip(parts, example.source, strict=True):
-        if part == ("history",):
-            entries = tuple((time, (("items", (item_id,)),)) for time, item_id in enumerate(content))
-            question.append(("history", History(entries)))
-        else:
-            question.append((kind, content))
+def p5_conversation(example: Example) -> Conversation:
+    """An example of P5's families whose history may lose its oldest items."""
+    question: list[Segment] = list(example.source)
+    if example.history is not None:
+        entries = tuple((time, (("items", (item_id,)),)) for time, item_id in enumerate(question[example.history][1]))
+        question[example.history] = ("history", History(entries))
     return Conversation(((question, example.target),), example.template)

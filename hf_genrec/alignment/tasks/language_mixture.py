@@ -26,19 +26,20 @@ from hf_genrec.data.collators import WindowDataset
 from hf_genrec.errors import TrainingError, UnknownItemError
 
 from .families import FamilyExamples, TaskData, usable
+from .fill import Example, clipped
 from .language_families import (
     MAX_DESCRIPTION,
     MAX_TITLE,
     NUM_CANDIDATES,
     LanguageFamily,
-    clipped,
     language_fields,
     p5_conversation,
     usable_wordings,
 )
 from .language_rows import LanguageEncoder, LanguageRow, Segment
 from .mixture import mixture_counts
-from .templates import FAMILIES, TEMPLATES
+from .requested import family_weights, lacking, unknown_family, with_reasons
+from .templates import FAMILIES
 from .templates_language import LANGUAGE_FAMILIES, SERVING_WORDING, Wording, language_wordings
 
 logger = logging.getLogger(__name__)
@@ -121,19 +122,25 @@ def _sizes(family: LanguageFamily, encoder: LanguageEncoder) -> tuple[float, flo
 
 
 class P5Rows:
-    """Rows of one of P5's families, whose examples are drawn rather than counted off."""
+    """Rows of one of P5's families, whose examples are drawn rather than counted off.
+
+    Raises:
+        TrainingError: the row with the longest texts of a wording cannot be cut to `max_length`; as `ConversationRows`.
+    """
 
     def __init__(self, examples: FamilyExamples, encoder: LanguageEncoder) -> None:
         self.examples, self.encoder = examples, encoder
-        self.parts = {template.name: template.parts("source") for template in TEMPLATES}
+        for example in examples.longest():  # what cannot fit is said now, not in the middle of training
+            self._row(example)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def row(self, index: int, generator: np.random.Generator) -> LanguageRow:
-        example = self.examples.draw(generator)
-        conversation = p5_conversation(example, self.parts[example.template])
-        return self.encoder(conversation, f"task family {self.examples.family!r}, wording {example.template}")
+        return self._row(self.examples.draw(generator))
+
+    def _row(self, example: Example) -> LanguageRow:
+        return self.encoder(p5_conversation(example), example.where)
 
     def length(self, index: int) -> int:
         return _WORDING_TOKENS + 4 * self.examples.max_items
@@ -252,44 +259,34 @@ class LanguageMixtureDataset(Dataset):
         return {"input_ids": row.input_ids, "labels": row.labels, "family": name}
 
 
-def feedable(names: Sequence[str], data: TaskData, *, items: bool = True) -> list[str]:
+def feedable(names: Sequence[str], data: TaskData | Mapping[str, TaskData], *, items: bool = True) -> list[str]:
     """Of the families asked for ("family" or "family:kind"), those that the data can feed; the log names the others.
 
     Args:
+        data: training rows and texts, or those of each family.
         items: does the tokenizer carry the catalogue?
 
     Raises:
-        TrainingError: an unknown family or kind, or none is left.
+        TrainingError: an unknown family or kind (the nearest named), or none is left (what it lacks named).
     """
-    kept = []
+    fed = data if isinstance(data, Mapping) else dict.fromkeys(names, data)
+    missing: dict[str, list[str]] = {}
     for name in names:
         family, _, kind = name.partition(":")
-        if family in FAMILIES and not kind:
-            if items and usable(family, data):
-                kept.append(name)
-                continue
-            known, wanted = data.fields(), _p5_fields(family)
+        if name in FAMILIES:
+            fine, lacks = items and bool(usable(name, fed[name])), lacking(name, fed[name])
         elif language_wordings(family, kind or None):
-            if usable_wordings(family, data, kind or None, items=items):
-                kept.append(name)
-                continue
-            known = language_fields(data, items=items)
-            wanted = set().union(*(wording.fields() for wording in language_wordings(family, kind or None)))
-        else:
+            fine = bool(usable_wordings(family, fed[name], kind or None, items=items))
+            wanted: set[str] = set().union(*(w.fields() for w in language_wordings(family, kind or None)))
+            lacks = sorted(wanted - language_fields(fed[name], items=items))
+        elif family in LANGUAGE_FAMILIES:
             kinds = dict.fromkeys(wording.kind for wording in language_wordings(family))
-            choices = (
-                f"its kinds are {', '.join(kinds)}" if kinds else f"choose of {', '.join(FAMILIES + LANGUAGE_FAMILIES)}"
-            )
-            raise TrainingError(f"unknown task family {name!r}: {choices}.")
-        missing = sorted(wanted - known) or ["item tokens in its tokenizer" if not items else "use for its wordings"]
-        logger.warning("task family %r is left out: this data has no %s", name, " and no ".join(missing))
-    if not kept:
-        raise TrainingError(f"none of the task families {', '.join(names)} can be fed by this data: add its columns.")
-    return kept
-
-
-def _p5_fields(family: str) -> set[str]:
-    return set().union(*(template.fields() for template in TEMPLATES if template.family == family))
+            raise TrainingError(f"unknown task family {name!r}: its kinds are {', '.join(kinds)}.")
+        else:
+            raise unknown_family(name, FAMILIES + LANGUAGE_FAMILIES)
+        if not fine:
+            missing[name] = lacks or ["item tokens in its tokenizer" if not items else "use for its wordings"]
+    return with_reasons(names, missing)
 
 
 def check_catalogue(data: TaskData, encoder: LanguageEncoder) -> None:
@@ -306,7 +303,7 @@ def check_catalogue(data: TaskData, encoder: LanguageEncoder) -> None:
 def language_mixture(
     data: TaskData,
     encoder: LanguageEncoder,
-    weights: Mapping[str, float],
+    weights: Mapping[str, Any],
     *,
     max_history: int = 20,
     windows: bool = False,
@@ -320,8 +317,9 @@ def language_mixture(
     Args:
         data: training rows and texts.
         encoder: makes token ids. With a tokenizer without catalogue only questions about texts remain.
-        weights: "family" or "family:kind" -> weight, see `LanguageMixtureDataset`; families that the data cannot feed are
-            left out with a log line.
+        weights: "family" or "family:kind" -> weight, see `LanguageMixtureDataset`, or -> {"weight": w, field: column} for
+            texts in columns of other names, see `family_weights`; families that the data cannot feed are left out with a
+            log line.
         max_history: newest items shown as history; with `windows` also the most targets of a window.
         windows: next_item as windows with all their targets instead of one target per row.
         num_candidates: titles in candidate lists.
@@ -333,27 +331,30 @@ def language_mixture(
         UnknownItemError: the tokenizer lacks an item of the data.
     """
     check_catalogue(data, encoder)
+    shares, fed = family_weights(weights, data)
     families: dict[str, RowFamily] = {}
-    for name in feedable(list(weights), data, items=encoder.carries_items):
-        if name in FAMILIES:
-            families[name] = P5Rows(FamilyExamples(name, data, max_items=max_history), encoder)
-        elif windows and name.partition(":")[0] == "next_item":
-            families[name] = LanguageWindowRows(data, encoder, max_history, seed)
-        else:
-            try:
-                family = LanguageFamily(
+    for name in feedable(list(shares), fed, items=encoder.carries_items):
+        if windows and name.partition(":")[0] == "next_item":
+            families[name] = LanguageWindowRows(fed[name], encoder, max_history, seed)
+            continue
+        made: FamilyExamples | LanguageFamily
+        try:
+            if name in FAMILIES:
+                made = FamilyExamples(name, fed[name], max_items=max_history, max_text=max_description)
+            else:
+                made = LanguageFamily(
                     name,
-                    data,
+                    fed[name],
                     max_history=max_history,
                     num_candidates=num_candidates,
                     max_title=max_title,
                     max_description=max_description,
                     items=encoder.carries_items,
                 )
-            except TrainingError as problem:
-                logger.warning("task family %r is left out: %s", name, problem)
-                continue
-            families[name] = ConversationRows(family, encoder)
+        except TrainingError as problem:
+            logger.warning("task family %r is left out: %s", name, problem)
+            continue
+        families[name] = P5Rows(made, encoder) if isinstance(made, FamilyExamples) else ConversationRows(made, encoder)
     if not families:
         raise TrainingError(f"no interaction of this data feeds one of the families {', '.join(weights)}.")
-    return LanguageMixtureDataset(families, {name: float(weights[name]) for name in families}, seed)
+    return LanguageMixtureDataset(families, {name: shares[name] for name in families}, seed)

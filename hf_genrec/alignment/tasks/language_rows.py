@@ -250,15 +250,14 @@ class LanguageEncoder:
         return row
 
     def _cost(self, turns: tuple, time: int) -> int:
-        """Tokens of the entries of this time, without the template text around them."""
+        """Tokens that the row loses at most without the entries of this time: joined template texts are not longer."""
         return sum(
             len(self._ids(kind, content))
             for question, _ in turns
             for history in _histories(question)
             for when, segments in history.entries
             if when == time
-            for kind, content in segments
-            if kind != "template"
+            for kind, content in (*segments, ("template", history.between))
         )
 
     def _pieces(self, turns: tuple, oldest: int | None, ask: bool) -> list[Piece]:

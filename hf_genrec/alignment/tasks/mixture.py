@@ -24,8 +24,9 @@ from torch.utils.data import Dataset
 from hf_genrec.data.collators import IGNORED, PrefixDataset, WindowDataset
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 
-from .families import FamilyExamples, TaskData, usable, usable_families
+from .families import FamilyExamples, TaskData, usable
 from .fill import Example, ExampleEncoder, fill
+from .requested import family_weights, usable_families
 from .templates import SERVING
 
 
@@ -59,10 +60,16 @@ class PairRows:
         examples: of the family.
         encoder: makes token ids of them.
         group: pairs per sample.
+
+    Raises:
+        TrainingError: the pair with the longest texts of a wording does not fit (see `ExampleEncoder`). Candidates are drawn
+            anew for every pair; a longer one met later raises the same error.
     """
 
     def __init__(self, examples: FamilyExamples, encoder: ExampleEncoder, group: int = 16) -> None:
         self.examples, self.encoder, self.group = examples, encoder, int(group)
+        for example in examples.longest():  # what cannot fit is said now, not in the middle of training
+            encoder(example)
 
     def __len__(self) -> int:
         return math.ceil(len(self.examples) / self.group)
@@ -286,7 +293,7 @@ class TaskCollator:
 def task_mixture(
     data: TaskData,
     encoder: ExampleEncoder,
-    weights: Mapping[str, float],
+    weights: Mapping[str, Any],
     *,
     packed: bool,
     window: int = 50,
@@ -297,7 +304,8 @@ def task_mixture(
     """The mixture of the families that the data can feed.
 
     Args:
-        weights: see `TaskMixtureDataset`; families that the data cannot feed are left out with a log line.
+        weights: family -> weight, see `TaskMixtureDataset`, or -> {"weight": w, field: column} for texts in columns of other
+            names, see `family_weights`; families that the data cannot feed are left out with a log line.
         packed: sequential windows with all their targets (`WindowRows`), or single prefixes.
         window: most targets of a window, and most items of a prefix.
         max_items: newest items that a wording of another family shows as history.
@@ -306,12 +314,13 @@ def task_mixture(
     Raises:
         TrainingError: unknown families, or none that the data can feed.
     """
+    shares, fed = family_weights(weights, data)
     families: dict[str, RowSource] = {}
-    for name in usable_families(list(weights), data):
+    for name in usable_families(list(shares), fed):
         if name != "sequential":
-            families[name] = PairRows(FamilyExamples(name, data, max_items=max_items), encoder, group)
+            families[name] = PairRows(FamilyExamples(name, fed[name], max_items=max_items), encoder, group)
         elif packed:
-            families[name] = WindowRows(data, encoder, window, seed)
+            families[name] = WindowRows(fed[name], encoder, window, seed)
         else:
-            families[name] = PrefixRows(data, encoder, window, group)
-    return TaskMixtureDataset(families, {name: float(weights[name]) for name in families}, seed)
+            families[name] = PrefixRows(fed[name], encoder, window, group)
+    return TaskMixtureDataset(families, {name: shares[name] for name in families}, seed)

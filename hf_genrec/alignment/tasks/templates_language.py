@@ -24,7 +24,6 @@ LANGUAGE_FIELDS = (
     "history", "item", "next", "title", "next_title", "description", "genres", "titles", "liked", "disliked", "intention",
     "preference", "candidates", "lettered", "letter", "answer",
 )  # fmt: skip
-HISTORY_FIELDS = ("history", "titles", "liked", "disliked")
 
 
 @dataclass(frozen=True)
