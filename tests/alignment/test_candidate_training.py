@@ -1,26 +1,21 @@
-"""Training of candidate rankers: rows, stages and what they leave alone, curriculum, alignment, resume, learning."""
+"""Training of candidate rankers: stages and what they leave alone, curriculum, alignment, resume, learning."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from trainer_cases import successor_split
+from candidate_training_cases import LORA, N, arguments, cases, changed, dataset, split, tensors
 
-from hf_genrec.alignment.negatives import RandomNegatives
-from hf_genrec.alignment.trainers.arguments import RecommenderTrainingArguments
 from hf_genrec.alignment.trainers.candidate_alignment import CollaborativeTextAligner
 from hf_genrec.alignment.trainers.candidate_data import (
     CandidateCollator,
-    CandidateDataset,
     candidate_preference_rows,
     closed_lists,
 )
-from hf_genrec.alignment.trainers.candidate_metrics import auc, closed_set_answers, closed_set_metrics, list_metrics
+from hf_genrec.alignment.trainers.candidate_metrics import auc, list_metrics
 from hf_genrec.alignment.trainers.candidate_stages import RANKER_METHODS, LoraOptions, RankerStage
 from hf_genrec.alignment.trainers.candidate_training import (
     CandidateTrainer,
@@ -32,148 +27,8 @@ from hf_genrec.data.sequences import Sequences
 from hf_genrec.data.splits import EvaluationSet, Split
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.evaluation.recommenders import ModelRecommender
-from hf_genrec.models.auto import AutoModelForRecommendation, register_auto_classes
-
-register_auto_classes()
-_spec = importlib.util.spec_from_file_location(
-    "candidate_ranker_cases", Path(__file__).parents[1] / "models" / "candidate_ranker_cases.py"
-)
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
-N = cases.NUM_ITEMS
-LORA = LoraOptions(r=2, alpha=8, dropout=0.0)
-
-
-def arguments(folder, **options) -> RecommenderTrainingArguments:
-    values = {
-        "per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "eval_strategy": "no", "use_cpu": True,
-        "save_strategy": "no", "disable_tqdm": True, "warmup_steps": 0, "logging_steps": 1, "max_history": 4,
-        "lr_scheduler_type": "constant", "eval_num_beams": 5, "eval_ks": [5, 10],
-    }  # fmt: skip
-    return RecommenderTrainingArguments(output_dir=str(folder), **{**values, **options})
-
-
-def split() -> Split:
-    return successor_split(N, users=20)
-
-
-def dataset(rows=None, **options) -> CandidateDataset:
-    train = rows or split().train
-    return CandidateDataset(train, RandomNegatives(N, seed=3), **{"num_candidates": 5, "seed": 3, **options})
-
-
-def tensors(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(before, model) -> set[str]:
-    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-def test_lists_hold_the_target_once_in_a_drawn_place():
-    data = dataset()
-    first = [data[index] for index in range(len(data))]
-    places = np.zeros(5)
-    for sample in first:
-        items = sample["candidates"].tolist()
-        assert len(set(items)) == 5 and items.count(sample["target"]) == 1
-        assert not set(items) - {sample["target"]} & set(sample["history"].tolist())
-        places[items.index(sample["target"])] += 1
-    expected = len(first) / 5
-    assert ((places - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom, 0.1 %
-    data.set_epoch(1)
-    assert any(a["candidates"].tolist() != data[i]["candidates"].tolist() for i, a in enumerate(first))
-    data.set_epoch(0)
-    again = dataset()
-    for index, sample in enumerate(first):
-        for other in (data[index], again[index]):
-            assert all(np.array_equal(sample[name], other[name]) for name in sample)
-
-
-def test_yes_no_rows_come_from_ratings_or_from_drawn_items():
-    data = dataset(pointwise=True)
-    labels = [data[index]["label"] for index in range(len(data))]
-    assert sum(labels) * 2 == len(labels)
-    for index in range(len(data)):
-        sample = data[index]
-        follows = (sample["history"][-1] + 1) % N == sample["target"]  # the catalogue's rule
-        assert follows == bool(sample["label"])
-    rows = Sequences.from_rows([[1, 2, 3, 4], [5, 6]])
-    rated = dataset(rows, pointwise=True, ratings=np.array([5, 1, 4, 2, 3, 5.0]))
-    found = [rated[index] for index in range(len(rated))]
-    assert [(s["history"].tolist(), s["disliked"].tolist(), s["target"], s["label"]) for s in found] == [
-        ([1], [], 2, 0), ([1], [2], 3, 1), ([1, 3], [2], 4, 0), ([], [5], 6, 1),
-    ]  # fmt: skip
-    few = dataset(pointwise=True, samples=16)
-    before = [few[i]["target"] for i in range(16)]
-    few.set_epoch(5)
-    assert len(few) == 16 and sorted(few._place.tolist()) == sorted(dataset(pointwise=True, samples=16)._place.tolist())
-    assert (
-        sum(a == few[i]["target"] for i, a in enumerate(before)) >= 4
-    )  # the targets stay, what is drawn beside changes
-    with pytest.raises(TrainingError, match="ratings"):
-        dataset(ratings=np.ones(3))
-    with pytest.raises(TrainingError, match="two items"):
-        dataset(Sequences.from_rows([[1], []]))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("verbalizer", ["letters", "yes_no", "title"])
-def test_only_answers_are_labelled(verbalizer, side):
-    model, _, text = cases.ranker(verbalizer)
-    data = dataset(pointwise=verbalizer == "yes_no")
-    samples = [data[index] for index in range(6)]
-    batch = CandidateCollator(model, padding_side=side)(samples)
-    for sample, ids, labels in zip(samples, batch["input_ids"], batch["labels"]):
-        answer = text.decode(labels[labels != -100])
-        if verbalizer == "letters":
-            assert answer.strip() == "ABCDE"[sample["candidates"].tolist().index(sample["target"])]
-        elif verbalizer == "yes_no":
-            assert answer.strip() == ("Yes" if sample["label"] else "No")
-            assert f'"{cases.titles()[sample["target"]]}"\nAnswer' in text.decode(ids)
-        else:
-            assert answer == f'"{cases.titles()[sample["target"]]}"</s>'
-        assert torch.equal(ids[labels != -100], labels[labels != -100])
-
-
-def test_closed_lists_depend_on_their_row_alone():
-    histories = [np.array([1, 2, 3]), np.arange(20), np.array([5])]
-    targets = np.array([4, 21, 5])
-    lists = closed_lists(histories, targets, 6, N)
-    assert np.array_equal(lists[1:2], closed_lists(histories[1:2], targets[1:2], 6, N))
-    for row, history, target in zip(lists, histories, targets):
-        members = [item for item in row.tolist() if item >= 0]
-        assert members.count(target) == 1 and not set(members) - {target} & set(history.tolist())
-        assert len(members) == len(set(members)) == min(6, N - len({target, *history.tolist()}) + 1)
-    wide = closed_lists(histories, targets, 6, 10_000)
-    assert (wide >= 0).all() and len(set(wide[0].tolist())) == 6
-
-
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-
-def test_answers_naming_two_candidates_are_invalid():
-    shown = [["Alien", "Aliens", "Heat", ""]] * 5
-    found = closed_set_answers(["I say HEAT!", "Aliens", "Alien", "Heat, Alien", ""], shown)
-    assert found.tolist() == [2, -2, 0, -2, -1]
-    assert closed_set_metrics(found, np.array([2, 1, 0, 0, 0])) == {
-        "valid_ratio": 0.4, "hit_rate@1": 0.4, "hit_rate@1_valid": 1.0,
-    }  # fmt: skip
-
-
-def test_auc_by_counting_pairs():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 6, 60).astype(float), rng.integers(0, 2, 60)
-    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
-    assert auc(scores, labels) == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert np.isnan(auc(scores[:0], labels[:0]))
-    table = np.array([[3.0, 1.0, -np.inf], [1.0, 2.0, 0.0]])
-    assert list_metrics(table)["uauc"] == pytest.approx((1.0 + 0.5) / 2)
-    assert list_metrics(table)["mrr"] == pytest.approx(0.75)
-
+from hf_genrec.models.auto import AutoModelForRecommendation
+from hf_genrec.models.candidate_ranker.prompts import RATED_WORDING
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
@@ -496,7 +351,7 @@ def tasteful_split(users: int = 40, seed: int = 0) -> tuple[Split, np.ndarray]:
 @pytest.mark.slow
 def test_tallrec_learns_taste_from_64_samples(tmp_path):
     rows, ratings = tasteful_split()
-    model, items, _ = cases.ranker("yes_no")
+    model, items, _ = cases.ranker("yes_no", wording=RATED_WORDING)
     even = np.arange(0, N, 2), np.arange(1, N, 2)
 
     def separation() -> float:

@@ -246,6 +246,7 @@ def train_candidate_ranker(
     lora: LoraOptions | None = None,
     instructions: Any = None,
     ratings: np.ndarray | None = None,
+    like_from: float | None = None,
     text_vectors: Any = None,
     samples: int | None = None,
     resume: bool = False,
@@ -266,7 +267,8 @@ def train_candidate_ranker(
         stages: in order, see `RANKER_METHODS`.
         lora: size of the adapters for stages that train "lora".
         instructions: rows {"input_ids", "labels"} for stages on instructions, in the language model's tokens.
-        ratings: one per item of `split.train.items`: yes/no rows then ask whether an item was liked.
+        ratings: one per item of `split.train.items`, NaN = none: yes/no rows then ask whether an item was liked.
+        like_from: least rating of a liked item; None = 0.8 of the highest.
         text_vectors: (N, E) for a stage "alignment".
         samples: few-shot: train on so many rows, drawn once.
         resume: take finished stages from their results and go on inside the unfinished one.
@@ -287,6 +289,11 @@ def train_candidate_ranker(
     if not stages:
         raise TrainingError(
             "no stage is left to train; name stages, and give instructions=... for one on instructions."
+        )
+    if model.config.rated_history and args.eval_strategy != "no":
+        raise TrainingError(
+            "validation has no ratings, which this ranker's prompt needs to show liked and disliked items apart: set "
+            "eval_strategy='no', or use a wording without {disliked}."
         )
     flags = {name: tensor.requires_grad for name, tensor in model.named_parameters()}
     adapted = _add_adapters(model, stages, lora, args.seed)
@@ -311,7 +318,8 @@ def train_candidate_ranker(
             if stage.rows == "alignment":
                 summary = _align(model, split, stage_args, stage, text_vectors, resume)
             else:
-                dataset = _dataset(model, split, stage_args, stage, instructions, ratings, samples)
+                rated = {"ratings": ratings, "like_from": like_from} if ratings is not None else {}
+                dataset = _dataset(model, split, stage_args, stage, instructions, rated, samples)
                 summary = _train_stage(
                     model, tokenizer, split, stage_args, stage, dataset, kept, resume, trainer_options
                 )
@@ -400,7 +408,7 @@ def _dataset(
     args: RecommenderTrainingArguments,
     stage: RankerStage,
     instructions: Any,
-    ratings: np.ndarray | None,
+    rated: dict[str, Any],
     samples: int | None,
 ) -> Any:
     if stage.rows == "instructions":
@@ -411,12 +419,21 @@ def _dataset(
         _sampler(model, split, stage, args.seed),
         num_candidates=model.config.num_candidates,
         pointwise=pointwise,
-        max_history=model.config.max_history,
-        ratings=ratings if pointwise else None,
+        max_history=_history_limit(model),
+        split_history=model.config.rated_history,
+        **(rated if pointwise else {}),
         samples=samples,
         samples_per_epoch=args.samples_per_epoch,
         seed=args.seed,
     )
+
+
+def _history_limit(model: Any) -> int:
+    """Newest items of a training row: what the prompt shows (it cuts by itself), and what a user's vector is made of."""
+    limit = int(model.config.max_history)
+    if "user" in model.config.slots:
+        limit = max(limit, int(getattr(model.retriever.config, "max_position_embeddings", limit)))
+    return limit
 
 
 def _train_stage(

@@ -404,7 +404,11 @@ class CandidateRankerForCausalLM(
     ) -> Tensor:
         """Scores (B, K): those of the language model for the first m items, the retriever's shifted below them for the
         rest, so that the rest keeps its order.
+
+        Raises:
+            RequestError: a prompt that shows liked and disliked items apart.
         """
+        self._check_disliked(None)
         shown_BC = items_BK[:, : self.config.num_candidates]
         ranked_BC = self._score(state.histories, shown_BC.cpu().numpy(), state.user_BU, text_only=self.text_only).to(
             scores_BK.device

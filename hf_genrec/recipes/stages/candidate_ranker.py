@@ -29,6 +29,7 @@ class CandidateRankerOptions:
         max_title_tokens: tokens of a title that are shown.
         max_history: newest items in a prompt.
         candidate_permutations: orders of the list that scores are means over; None = the system's (LLMRank 3, others none).
+        like_from: least rating of a liked item, for "tallrec" and "collm" on a log with ratings; None = 0.8 of the highest.
         aligned_size: width of A-LLMRec's joint vectors.
         lora: options that differ from the system's (r, alpha, dropout, target_modules).
     """
@@ -42,6 +43,7 @@ class CandidateRankerOptions:
     max_title_tokens: int = 16
     max_history: int = 20
     candidate_permutations: int | None = None
+    like_from: float | None = None
     aligned_size: int = 128
     lora: dict | None = None
 
@@ -131,7 +133,9 @@ def rank_candidates(
     lora = method.lora
     if lora is not None and options.lora:
         lora = dataclasses.replace(lora, **options.lora)
-    data = TaskData.from_split(job.context.data, job.context.split)
+    ratings = TaskData.from_split(job.context.data, job.context.split).columns.get("rating")
+    if ratings is not None and ratings.dtype.kind == "f" and np.isnan(ratings).all():
+        ratings = None
     text = job.context.blocks.get("text") or next(iter(job.context.blocks.values()), None)
     result = train_candidate_ranker(
         job.model,
@@ -140,7 +144,8 @@ def rank_candidates(
         job.args,
         stages=stages,
         lora=lora,
-        ratings=data.columns.get("rating"),
+        ratings=ratings,
+        like_from=options.like_from,
         text_vectors=None if text is None else text.symmetric,
         samples=samples,
         resume=job.resume,
