@@ -27,6 +27,7 @@ from hf_genrec.models.candidate_ranker.prompts import PromptRow, PromptWriter, p
 
 _IGNORED = -100
 _AT_ONCE = 4096  # rows whose negatives are drawn together
+LIKED = 0.8  # of the highest rating: 4 of 5 stars
 
 
 class CandidateDataset(Dataset):
@@ -41,15 +42,17 @@ class CandidateDataset(Dataset):
         num_candidates: m, places of a list.
         pointwise: yes/no rows.
         max_history: newest items of a history (and of the disliked ones).
-        ratings: one per item of `train.items`, for yes/no rows: liked from `like_from` on. Histories then hold the liked
-            items, and the others are `disliked`. Without ratings a drawn item is asked about beside every target.
-        like_from: least rating of a liked item.
+        ratings: one per item of `train.items`, NaN = none, for yes/no rows: was the item liked? Items without a rating are
+            not asked about. Without ratings a drawn item is asked about beside every target.
+        like_from: least rating of a liked item; None = `LIKED` times the highest rating.
+        split_history: histories hold the liked items, and `disliked` the others (for prompts that show both); else every
+            item that came before, as `recommend` reads them.
         samples: train on a fixed random part of so many rows (few-shot); None = all.
         samples_per_epoch: draw so many rows for each epoch; None = all.
         seed: of all draws.
 
     Raises:
-        TrainingError: nothing to predict, or options that contradict each other.
+        TrainingError: nothing to predict, ratings that are all likes or all dislikes, or options that contradict each other.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class CandidateDataset(Dataset):
         pointwise: bool = False,
         max_history: int = 20,
         ratings: np.ndarray | None = None,
-        like_from: float = 4.0,
+        like_from: float | None = None,
+        split_history: bool = False,
         samples: int | None = None,
         samples_per_epoch: int | None = None,
         seed: int = 0,
@@ -70,22 +74,39 @@ class CandidateDataset(Dataset):
             raise TrainingError(
                 "ratings are for yes/no rows (pointwise=True) and must be one per item of the training rows."
             )
-        self.train, self.sampler, self.seed = train, sampler, int(seed)
+        if split_history and ratings is None:
+            raise TrainingError(
+                "the prompt shows liked and disliked items apart, which needs ratings: give ratings=..., or a wording "
+                "without {disliked}."
+            )
+        self.train, self.sampler, self.seed, self.split_history = train, sampler, int(seed), bool(split_history)
         self.num_candidates, self.pointwise, self.max_history = int(num_candidates), bool(pointwise), int(max_history)
-        self.liked = None if ratings is None else np.asarray(ratings, np.float64) >= like_from
         first = np.zeros(len(train.items), bool)
         first[train.offsets[:-1][train.lengths > 0]] = True
+        self.liked: np.ndarray | None = None
+        self._rated = np.ones(len(train.items), bool)
+        if ratings is not None:
+            values, like_from = rated_values(ratings, like_from)
+            self.liked, self._rated = values >= like_from, ~np.isnan(values)
         self._row_of = train.row_index()
-        positions = np.flatnonzero(~first)
+        positions = np.flatnonzero(~first & self._rated)
         if not len(positions):
             raise TrainingError(
-                "no training row has two items, so there is nothing to predict; bring longer histories."
+                "no training row has two items (with a rating, where there are ratings), so there is nothing to predict; "
+                "bring longer histories."
             )
         # one entry per row of an epoch: the target's place, and whether the row asks about it or about a drawn item
         asked = [(1,) if self.liked is not None else (1, 0) if pointwise else (-1,)] * len(positions)
         self._all = np.array([(place, kind) for place, kinds in zip(positions, asked) for kind in kinds], np.int64)
         if samples is not None and samples < len(self._all):
             self._all = self._all[np.random.default_rng([self.seed, 7]).permutation(len(self._all))[:samples]]
+        if self.liked is not None and len(set(self.liked[self._all[:, 0]].tolist())) < 2:
+            which = "liked" if self.liked[self._all[0, 0]] else "not liked"
+            raise TrainingError(
+                f"all {len(self._all)} rated rows are {which} at a threshold of {like_from:g}, so there is "
+                "nothing to tell apart: set like_from to a rating between dislikes and likes, use more samples, or leave "
+                "the ratings out."
+            )
         self.samples_per_epoch = samples_per_epoch
         self.epoch = -1
         self.set_epoch(0)
@@ -121,8 +142,9 @@ class CandidateDataset(Dataset):
         history, target = self.train.items[start:place], int(self.train.items[place])
         disliked = history[:0]
         if self.liked is not None:
-            good = self.liked[start:place]
-            history, disliked = history[good], history[~good]
+            if self.split_history:
+                good, rated = self.liked[start:place], self._rated[start:place]
+                history, disliked = history[good], history[rated & ~good]
             candidates, label = np.array([target]), int(self.liked[place])
         elif self.pointwise:
             drawn = int(self._drawn[index, 0])
@@ -139,6 +161,29 @@ class CandidateDataset(Dataset):
             "target": int(candidates[0]) if self.pointwise else target,
             "label": label,
         }
+
+
+def rated_values(ratings: Any, like_from: float | None = None) -> tuple[np.ndarray, float]:
+    """Ratings as float64 (n,), and the least rating of a liked item (infinite where nothing is rated).
+
+    Args:
+        ratings: (n,), NaN = none.
+        like_from: None = `LIKED` times the highest rating.
+
+    Raises:
+        TrainingError: ratings that are no numbers.
+
+    Example:
+        >>> rated_values([1.0, 0.5, float("nan"), 0.8])[1]
+        0.8
+    """
+    try:
+        values = np.asarray(ratings, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"ratings must be numbers ({error}): fix the column, or leave the ratings out.") from error
+    if like_from is None:
+        like_from = np.inf if np.isnan(values).all() else LIKED * np.nanmax(values)
+    return values, float(like_from)
 
 
 class CandidateCollator:

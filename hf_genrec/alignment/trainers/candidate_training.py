@@ -33,7 +33,10 @@ from hf_genrec.artifacts import staged_folder
 from hf_genrec.data.splits import EvaluationSet, Split
 from hf_genrec.errors import ArtifactError, IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.requests import check_fingerprint
-from hf_genrec.models.candidate_ranker.modeling_candidate_ranker import retriever_item_vectors
+from hf_genrec.models.candidate_ranker.modeling_candidate_ranker import (
+    retriever_item_vectors,
+    retriever_user_width,
+)
 
 from .arguments import RecommenderTrainingArguments
 from .candidate_alignment import AlignmentCollator, CollaborativeTextAligner
@@ -62,22 +65,19 @@ class CandidateTrainer(RecommenderTrainer):
     def __init__(self, *args: Any, stage: RankerStage, kept: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage, self.kept = stage, tuple(kept)
-        self._step_of_draw, self._draws = -1, 0
         if self.args.ema_decay is not None:
             raise TrainingError("ema_decay is not supported for candidate rankers: leave it out.")
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def hybrid_now(self) -> bool:
-        """Does this batch show soft tokens? Of a curriculum a function of (seed, step, batch of the step): the
-        probability grows linearly from 0 at the first step to 1 at the end.
+        """Does this step show soft tokens? Of a curriculum a function of (seed, step): the probability grows linearly from 0
+        at the first step to 1 at the end. All batches of a step are of one kind, however it is split into them.
         """
         if self.stage.prompts != "curriculum":
             return self.stage.prompts == "hybrid"
         step = self.state.global_step
-        self._draws = self._draws + 1 if step == self._step_of_draw else 0
-        self._step_of_draw = step
-        drawn = np.random.default_rng([self.args.seed, step, self._draws]).random()
+        drawn = np.random.default_rng([self.args.seed, step, 0]).random()
         return bool(drawn < step / max(1, self.state.max_steps))
 
     def compute_loss(
@@ -87,8 +87,8 @@ class CandidateTrainer(RecommenderTrainer):
         inputs = {name: value for name, value in inputs.items() if name not in text}
         if text and not self.hybrid_now():
             inputs = {name.removeprefix("text_"): value for name, value in text.items()}
-        output = model(**inputs, num_items_in_batch=num_items_in_batch, answer_loss=self.stage.answer_loss)
-        return (output.loss, output) if return_outputs else output.loss
+        inputs["answer_loss"] = self.stage.answer_loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     # ---------------------------------------------------------------------------------------------------- validation
 
@@ -197,7 +197,6 @@ def closed_list_scores(
 def evaluate_written_answers(
     model: Any,
     text_tokenizer: Any,
-    item_texts: Sequence[str],
     evaluation: EvaluationSet,
     *,
     max_users: int | None = None,
@@ -205,15 +204,17 @@ def evaluate_written_answers(
 ) -> dict[str, float]:
     """Free greedy answers over closed lists: `valid_ratio`, `hit_rate@1`, `hit_rate@1_valid` (LLaRA's protocol).
 
+    An answer is valid when it holds exactly one of the titles that the list shows, as the prompt shows them (perhaps cut). Of
+    a written list its first line counts.
+
     Args:
-        model: a ranker with verbalizer "title".
-        text_tokenizer: of its language model, to read the answers.
-        item_texts: N titles.
+        model: a ranker with verbalizer "title" or "list".
+        text_tokenizer: of its language model, to read answers and titles.
         evaluation: histories and targets.
         max_users: use only so many rows, drawn with `seed`.
     """
-    if model.config.verbalizer != "title":
-        raise IncompatibleComponentsError("written answers are titles: use a ranker with verbalizer 'title'.")
+    if model.config.verbalizer not in ("title", "list"):
+        raise IncompatibleComponentsError("written answers are titles: use a ranker with verbalizer 'title' or 'list'.")
     rows = np.arange(len(evaluation))
     if max_users is not None and max_users < len(rows):
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:max_users])
@@ -221,7 +222,10 @@ def evaluate_written_answers(
     targets = evaluation.targets[rows]
     lists = closed_lists(histories, targets, model.config.num_candidates, model.config.num_items, seed)
     answers = text_tokenizer.batch_decode(model.generate_answers(histories, lists), skip_special_tokens=True)
-    shown = [[str(item_texts[int(item)]) if item >= 0 else "" for item in row] for row in lists]
+    if model.config.verbalizer == "list":
+        answers = [answer.strip().partition("\n")[0] for answer in answers]
+    titles = {int(item): text_tokenizer.decode(model.writer.titles[int(item)]) for item in np.unique(lists[lists >= 0])}
+    shown = [[titles.get(int(item), "") for item in row] for row in lists]
     return closed_set_metrics(closed_set_answers(answers, shown), (lists == targets[:, None]).argmax(1))
 
 
@@ -246,6 +250,7 @@ def train_candidate_ranker(
     lora: LoraOptions | None = None,
     instructions: Any = None,
     ratings: np.ndarray | None = None,
+    like_from: float | None = None,
     text_vectors: Any = None,
     samples: int | None = None,
     resume: bool = False,
@@ -266,7 +271,8 @@ def train_candidate_ranker(
         stages: in order, see `RANKER_METHODS`.
         lora: size of the adapters for stages that train "lora".
         instructions: rows {"input_ids", "labels"} for stages on instructions, in the language model's tokens.
-        ratings: one per item of `split.train.items`: yes/no rows then ask whether an item was liked.
+        ratings: one per item of `split.train.items`, NaN = none: yes/no rows then ask whether an item was liked.
+        like_from: least rating of a liked item; None = 0.8 of the highest.
         text_vectors: (N, E) for a stage "alignment".
         samples: few-shot: train on so many rows, drawn once.
         resume: take finished stages from their results and go on inside the unfinished one.
@@ -287,6 +293,11 @@ def train_candidate_ranker(
     if not stages:
         raise TrainingError(
             "no stage is left to train; name stages, and give instructions=... for one on instructions."
+        )
+    if model.config.rated_history and args.eval_strategy != "no":
+        raise TrainingError(
+            "validation has no ratings, which this ranker's prompt needs to show liked and disliked items apart: set "
+            "eval_strategy='no', or use a wording without {disliked}."
         )
     flags = {name: tensor.requires_grad for name, tensor in model.named_parameters()}
     adapted = _add_adapters(model, stages, lora, args.seed)
@@ -311,13 +322,12 @@ def train_candidate_ranker(
             if stage.rows == "alignment":
                 summary = _align(model, split, stage_args, stage, text_vectors, resume)
             else:
-                dataset = _dataset(model, split, stage_args, stage, instructions, ratings, samples)
+                rated = {"ratings": ratings, "like_from": like_from} if ratings is not None else {}
+                dataset = _dataset(model, split, stage_args, stage, instructions, rated, samples)
                 summary = _train_stage(
                     model, tokenizer, split, stage_args, stage, dataset, kept, resume, trainer_options
                 )
-        with staged_folder(done) as folder:
-            save_file(trained_tensors(model, kept), folder / TRAINED_NAME)
-            (folder / STAGE_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        _store(done, trained_tensors(model, kept), summary, stage_args)
         result.stages[stage.name] = summary
     if adapted is not None and merge:
         model.language_model = adapted.merge_and_unload()
@@ -325,6 +335,17 @@ def train_candidate_ranker(
             tensor.requires_grad_(flags[name])
     model.eval()
     return result
+
+
+def _store(
+    done: Path, tensors: dict[str, torch.Tensor], summary: dict[str, Any], args: RecommenderTrainingArguments
+) -> None:
+    """Leave the result of a stage; of several processes the first one writes it, and the others go on behind it."""
+    with args.main_process_first(local=False, desc="result of the stage"):
+        if args.process_index == 0:
+            with staged_folder(done) as folder:
+                save_file(tensors, folder / TRAINED_NAME)
+                (folder / STAGE_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_adapters(model: Any, stages: Sequence[RankerStage], lora: LoraOptions | None, seed: int) -> Any:
@@ -400,7 +421,7 @@ def _dataset(
     args: RecommenderTrainingArguments,
     stage: RankerStage,
     instructions: Any,
-    ratings: np.ndarray | None,
+    rated: dict[str, Any],
     samples: int | None,
 ) -> Any:
     if stage.rows == "instructions":
@@ -411,12 +432,21 @@ def _dataset(
         _sampler(model, split, stage, args.seed),
         num_candidates=model.config.num_candidates,
         pointwise=pointwise,
-        max_history=model.config.max_history,
-        ratings=ratings if pointwise else None,
+        max_history=_history_limit(model),
+        split_history=model.config.rated_history,
+        **(rated if pointwise else {}),
         samples=samples,
         samples_per_epoch=args.samples_per_epoch,
         seed=args.seed,
     )
+
+
+def _history_limit(model: Any) -> int:
+    """Newest items of a training row: what the prompt shows (it cuts by itself), and what a user's vector is made of."""
+    limit = int(model.config.max_history)
+    if "user" in model.config.slots:
+        limit = max(limit, int(getattr(model.retriever.config, "max_position_embeddings", limit)))
+    return limit
 
 
 def _train_stage(
@@ -463,6 +493,12 @@ def _align(
             f"stage {stage.name} makes item vectors from texts: pass text_vectors=... and a ranker with item slots."
         )
     cf_vectors = retriever_item_vectors(model.retriever, model.item_codes.cpu())
+    if (width := retriever_user_width(model.retriever)) != cf_vectors.shape[1]:
+        raise IncompatibleComponentsError(
+            f"stage {stage.name} multiplies user and item vectors, but those of {type(model.retriever).__name__} have "
+            f"{width} and {cf_vectors.shape[1]} numbers; use a retriever that scores items by their input vectors, such as "
+            "SASRec."
+        )
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         aligner = CollaborativeTextAligner(cf_vectors, text_vectors, model.config.item_vector_size)

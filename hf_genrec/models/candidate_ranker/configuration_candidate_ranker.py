@@ -26,9 +26,10 @@ class CandidateRankerConfig(PreTrainedConfig):
             `model_type`; its token ids are the item tokenizer's.
         num_items: N, items of the catalogue.
         item_length: most tokens of an item's text.
-        prompt: the prompt as token-id lists and names of fields, in order. Fields: "history" (liked items, oldest first),
-            "newest" (the last of them), "disliked", "candidates", "target" (one candidate; everything behind it is read
-            once per candidate) and "user" (a soft token).
+        prompt: the prompt as token-id lists and names of fields, in order. Fields: "history" (items, oldest first),
+            "newest" (the last of them), "disliked" ("history" then has liked items only, and requests must tell both),
+            "candidates", "target" (one candidate; everything behind it is read once per candidate) and "user" (a soft
+            token).
         item_open, item_close: token ids around every item's text.
         history_separator, candidate_separator: between two items.
         candidate_marks: per place in the candidate list the token ids in front of it ("(A) "); [] = none.
@@ -213,6 +214,11 @@ class CandidateRankerConfig(PreTrainedConfig):
     def user_placeholder_id(self) -> int:
         """Stands where the user's soft token goes."""
         return self.language_vocab_size + 1
+
+    @property
+    def rated_history(self) -> bool:
+        """Does the prompt show liked and disliked items apart?"""
+        return "disliked" in self.prompt
 
     @property
     def soft_items(self) -> bool:

@@ -200,7 +200,7 @@ class CandidateRankerForCausalLM(
             item_vectors = torch.as_tensor(np.asarray(item_vectors), dtype=torch.float32)
             values["item_vector_size"] = item_vectors.shape[1]
         if "user" in slots:
-            values["user_vector_size"] = int(retriever.config.hidden_size)
+            values["user_vector_size"] = retriever_user_width(retriever)
         if slots:
             values["projector"] = "mlp"
         config = CandidateRankerConfig(
@@ -334,7 +334,7 @@ class CandidateRankerForCausalLM(
             IncompatibleComponentsError: a retriever without such states.
         """
         ids_BTL, mask_BT = whole_items(input_ids, attention_mask, self.config.num_levels)
-        width = int(getattr(self.retriever.config, "hidden_size", 0))
+        width = retriever_user_width(self.retriever)
         users = torch.zeros(len(input_ids), width, device=input_ids.device)
         if not mask_BT.shape[1]:
             return users
@@ -404,7 +404,11 @@ class CandidateRankerForCausalLM(
     ) -> Tensor:
         """Scores (B, K): those of the language model for the first m items, the retriever's shifted below them for the
         rest, so that the rest keeps its order.
+
+        Raises:
+            RequestError: a prompt that shows liked and disliked items apart.
         """
+        self._check_disliked(None)
         shown_BC = items_BK[:, : self.config.num_candidates]
         ranked_BC = self._score(state.histories, shown_BC.cpu().numpy(), state.user_BU, text_only=self.text_only).to(
             scores_BK.device
@@ -427,6 +431,22 @@ class CandidateRankerForCausalLM(
     def _width(self, num_beams: int | None) -> int:
         asked = self.recommendation_config.num_beams if num_beams is None else num_beams
         return max(self.config.num_candidates, asked) if asked >= 1 else asked
+
+
+def retriever_user_width(retriever: Any) -> int:
+    """U, the width of the states that a user's soft token is made of.
+
+    Raises:
+        IncompatibleComponentsError: a retriever that does not read a history from left to right in one backbone.
+    """
+    config = retriever.config
+    if config.is_encoder_decoder or retriever.base_model is retriever or not getattr(config, "hidden_size", 0):
+        raise IncompatibleComponentsError(
+            f"{type(retriever).__name__} has no state per item of a history, which user vectors are made of; use a "
+            "decoder-only retriever whose base_model gives last_hidden_state, such as SASRec or RQ-Transformer, or leave the "
+            "slot 'user' out."
+        )
+    return int(config.hidden_size)
 
 
 def retriever_item_vectors(retriever: Any, item_codes: Any) -> np.ndarray:

@@ -32,8 +32,10 @@ WORDINGS: dict[str, str] = {
         "{bos}{user}Chosen by one user, oldest first:\n{history}\nOne of these comes next:\n{candidates}\n"
         "The letter of the item that comes next is:"
     ),
-    "yes_no": "{bos}{user}The user liked:\n{history}\nThe user did not like:\n{disliked}\n"
-    "Would the user like this one?\n{target}\nAnswer Yes or No:",
+    "yes_no": (
+        "{bos}{user}Chosen by one user, oldest first:\n{history}\nWould the user like this one?\n{target}\n"
+        "Answer Yes or No:"
+    ),
     "title": (
         "{bos}{user}Chosen by one user, oldest first:\n{history}\nOne of these comes next:\n{candidates}\n"
         "The item that comes next is: "
@@ -45,6 +47,11 @@ WORDINGS: dict[str, str] = {
         "per line, the most likely first, exactly as it stands in the list of candidates, and write nothing else."
     ),
 }
+# TALLRec's own question: for requests that come with ratings (`rank_candidates(..., disliked=...)`)
+RATED_WORDING = (
+    "{bos}{user}The user liked:\n{history}\nThe user did not like:\n{disliked}\nWould the user like this one?\n{target}\n"
+    "Answer Yes or No:"
+)
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -102,7 +109,8 @@ def prompt_values(
         tokenizer: the language model's.
         wording: fields {history}, {newest}, {disliked}, {candidates}, {target}, {user} and {bos} (the start token, where
             the tokenizer writes one); control tokens of chat models count. None = the one of `WORDINGS`. For "list" it is
-            a question to a chat model and stands in the tokenizer's chat template, where it has one.
+            a question to a chat model and stands in the tokenizer's chat template, where it has one. With {disliked}
+            (`RATED_WORDING`) {history} holds liked items only, and every request must say which are which.
         answers: the words of the answers; None = letters, or Yes and No.
         slots: of the configuration; without "user" the field {user} is left out.
         neutral: text in place of a soft token in text-only prompts.

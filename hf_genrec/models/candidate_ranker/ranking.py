@@ -60,13 +60,16 @@ class CandidateScoresMixin:
         Args:
             histories: M lists of item indices, oldest first.
             candidates: (M, C) item indices, -1 = none; a row's items in the order they are shown.
-            disliked: M lists of item indices for prompts with the field {disliked}.
+            disliked: M lists of item indices for prompts with the field {disliked}, which need them; `histories` are
+                then the liked items.
             text_only: leave the soft tokens out; None = as `self.text_only` says.
 
         Raises:
-            RequestError: lists that do not match, more candidates than letters, or an item outside the catalogue.
+            RequestError: lists that do not match, no disliked items for a prompt that shows them apart, more candidates
+                than letters, or an item outside the catalogue.
         """
         text_only = self.text_only if text_only is None else text_only
+        self._check_disliked(disliked)
         candidates_MC = np.asarray(candidates, np.int64)
         rows = [np.asarray(row, np.int64).reshape(-1) for row in histories]
         no_disliked = np.zeros(0, np.int64)
@@ -90,6 +93,14 @@ class CandidateScoresMixin:
                 users = self._users(rows[part], text_only)
                 scores.append(self._score(rows[part], candidates_MC[part], users, bad[part], text_only, start))
         return torch.cat(scores) if scores else torch.zeros(candidates_MC.shape)
+
+    def _check_disliked(self, disliked: Any) -> None:
+        if self.config.rated_history and disliked is None:
+            raise RequestError(
+                "this ranker's prompt shows liked and disliked items apart, which a history of items does not tell: call "
+                "rank_candidates(liked, candidates, disliked=...), or build and train the ranker with a wording without "
+                "{disliked}."
+            )
 
     def _users(self, histories: Sequence[np.ndarray], text_only: bool) -> Tensor | None:
         if self.user_injector is None or text_only:
@@ -262,6 +273,7 @@ class CandidateScoresMixin:
             generate: options of `generate` (`max_new_tokens`, default the longest title and its end).
         """
         text_only = self.text_only if text_only is None else text_only
+        self._check_disliked(disliked)
         table = np.asarray(candidates, np.int64)
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max(map(len, self.writer.titles)) + 8}
         if self.config.answer_end:

@@ -1,12 +1,17 @@
 """Language models that rank a retriever's candidates in a recipe: model type "candidate_ranker", method "rank_candidates".
 
 The retriever is a SASRec trained on the same rows. `system` names the published ranker (TALLRec, CoLLM, LLaRA, A-LLMRec,
-LlamaRec, LLMRank) whose verbaliser, soft tokens and stages are taken, see `RANKER_METHODS`.
+LlamaRec, LLMRank) whose verbaliser, soft tokens and stages are taken, see `RANKER_METHODS`. Rankers that write titles also
+report how many of their free answers name a candidate, and every ranker is compared with its retriever's order bucket by
+bucket (`compared_with_retriever`).
+
+Shapes: N items, D width of a soft token's vector.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,9 +19,16 @@ import numpy as np
 from hf_genrec.alignment.tasks.families import TaskData
 from hf_genrec.alignment.trainers.candidate_stages import RANKER_METHODS
 from hf_genrec.errors import ItemTableError, RecipeError
+from hf_genrec.evaluation.bucket_comparison import compare_buckets
+from hf_genrec.evaluation.evaluation_report import EvaluationReport
 from hf_genrec.models.candidate_ranker.modeling_candidate_ranker import CandidateRankerForCausalLM
 from hf_genrec.recipes.stages.causal_lm import CausalLMOptions, language_model_and_tokenizer, options_of
-from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
+from hf_genrec.recipes.stages.context import FeatureBlock, MethodResult, StageContext, TrainingJob
+
+logger = logging.getLogger(__name__)
+COLLABORATIVE = "collaborative"
+WRITTEN_ROWS = 200  # validation rows that free answers are asked for: our choice, they cost a generation each
+_TOKENIZER = "_ranker_text_tokenizer"  # of the language model, kept with the context of the run
 
 
 class CandidateRankerOptions:
@@ -29,6 +41,10 @@ class CandidateRankerOptions:
         max_title_tokens: tokens of a title that are shown.
         max_history: newest items in a prompt.
         candidate_permutations: orders of the list that scores are means over; None = the system's (LLMRank 3, others none).
+        like_from: least rating of a liked item, for "tallrec" and "collm" on a log with ratings; None = 0.8 of the highest.
+        soft_tokens: what the items' soft tokens are made of: "collaborative" (the retriever's item table), or a block of
+            `features`, such as "text" or "array" (a file of image vectors). For "a_llmrec" the block that is aligned with
+            the collaborative vectors, by default "text" or else the first.
         aligned_size: width of A-LLMRec's joint vectors.
         lora: options that differ from the system's (r, alpha, dropout, target_modules).
     """
@@ -42,6 +58,8 @@ class CandidateRankerOptions:
     max_title_tokens: int = 16
     max_history: int = 20
     candidate_permutations: int | None = None
+    like_from: float | None = None
+    soft_tokens: str = COLLABORATIVE
     aligned_size: int = 128
     lora: dict | None = None
 
@@ -60,22 +78,47 @@ def _options(recipe: Any) -> CandidateRankerOptions:
     return options
 
 
+def _soft_block(options: CandidateRankerOptions, context: StageContext) -> FeatureBlock | None:
+    """The feature block that soft tokens are made of; None = collaborative vectors.
+
+    Raises:
+        RecipeError: a system without soft tokens of items, or a block that is not there.
+    """
+    name, blocks, joint = options.soft_tokens, context.blocks, options.system == "a_llmrec"
+    if name == COLLABORATIVE:
+        return (blocks.get("text") or next(iter(blocks.values()), None)) if joint else None
+    slots = RANKER_METHODS[options.system].fields.get("slots", ())
+    if not {"history", "candidates"} & set(slots):
+        raise RecipeError(
+            f"model.soft_tokens: {options.system} has no soft tokens of items; leave soft_tokens out, or use collm, llara "
+            "or a_llmrec."
+        )
+    if name not in blocks:
+        raise RecipeError(
+            f"model.soft_tokens: {name!r} is no block of this run's features ({', '.join(blocks) or 'there are none'}); add "
+            f"features.{name}, or use {COLLABORATIVE!r}."
+        )
+    return blocks[name]
+
+
 def build_candidate_ranker(recipe: Any, identifiers: Any, *, seed: int) -> CandidateRankerForCausalLM:
     """A ranker around a language model and a SASRec, which is trained here.
 
     Raises:
         ItemTableError: no titles.
-        RecipeError, IncompatibleComponentsError: as `build_causal_lm`.
+        RecipeError, IncompatibleComponentsError: as `build_causal_lm`, and `soft_tokens` that cannot be made.
     """
     from hf_genrec.recipes.stages.features import trained_sasrec
 
     options, context = _options(recipe), identifiers.context
     if context.data.items is None:
         raise ItemTableError(f"{context.data.name}: the model reads titles; give an item table with --items FILE.")
+    block = _soft_block(options, context)
     shared = CausalLMOptions()
     for name in ("base", "language_model", "text_vocab_size", "dtype"):
         setattr(shared, name, getattr(options, name))
     model, text_tokenizer = language_model_and_tokenizer(context, shared, seed)
+    context.__dict__[_TOKENIZER] = text_tokenizer
     retriever, _ = trained_sasrec(context)
     fields = dict(RANKER_METHODS[options.system].fields) | {"max_history": options.max_history}
     for name in ("num_candidates", "candidate_permutations"):
@@ -85,6 +128,8 @@ def build_candidate_ranker(recipe: Any, identifiers: Any, *, seed: int) -> Candi
         fields["projector_size"] = 10 * int(retriever.config.hidden_size)
     if options.system == "a_llmrec":  # its stage "alignment" makes the vectors
         fields["item_vectors"] = np.zeros((context.num_items, options.aligned_size), np.float32)
+    elif block is not None:
+        fields["item_vectors"] = block.inputs
     titles = context.data.items.titles()
     return CandidateRankerForCausalLM.from_language_model(
         model,
@@ -127,12 +172,15 @@ def rank_candidates(
         for stage in method.stages
     ]
     if not stages:  # zero-shot
-        return MethodResult(job.model, job.tokenizer, {"method": "rank_candidates", "stages": {}})
+        summary: dict[str, Any] = {"method": "rank_candidates", "stages": {}}
+        return MethodResult(job.model, job.tokenizer, summary | _written_answers(job, job.model))
     lora = method.lora
     if lora is not None and options.lora:
         lora = dataclasses.replace(lora, **options.lora)
-    data = TaskData.from_split(job.context.data, job.context.split)
-    text = job.context.blocks.get("text") or next(iter(job.context.blocks.values()), None)
+    ratings = TaskData.from_split(job.context.data, job.context.split).columns.get("rating")
+    if ratings is not None and ratings.dtype.kind == "f" and np.isnan(ratings).all():
+        ratings = None
+    content = _soft_block(options, job.context)
     result = train_candidate_ranker(
         job.model,
         job.tokenizer,
@@ -140,9 +188,46 @@ def rank_candidates(
         job.args,
         stages=stages,
         lora=lora,
-        ratings=data.columns.get("rating"),
-        text_vectors=None if text is None else text.symmetric,
+        ratings=ratings,
+        like_from=options.like_from,
+        text_vectors=None if content is None else content.inputs,
         samples=samples,
         resume=job.resume,
     )
-    return MethodResult(result.model, job.tokenizer, {"method": "rank_candidates", "stages": result.stages})
+    summary = {"method": "rank_candidates", "stages": result.stages}
+    return MethodResult(result.model, job.tokenizer, summary | _written_answers(job, result.model))
+
+
+def _written_answers(job: TrainingJob, model: Any) -> dict[str, Any]:
+    """Free answers over closed lists of the validation part, for rankers that write titles."""
+    from hf_genrec.alignment.trainers.candidate_training import evaluate_written_answers
+
+    validation = job.context.split.validation
+    if model.config.verbalizer not in ("title", "list") or not len(validation):
+        return {}
+    tokenizer = job.context.__dict__[_TOKENIZER]
+    found = evaluate_written_answers(model, tokenizer, validation, max_users=WRITTEN_ROWS, seed=job.context.seed)
+    rows = min(WRITTEN_ROWS, len(validation))
+    return {"written_answers": found | {"rows": rows, "candidates": model.config.num_candidates}}
+
+
+def compared_with_retriever(
+    retriever: EvaluationReport, ranker: EvaluationReport, *, progress: bool = False
+) -> dict[str, Any]:
+    """What a ranker changed for head, tail and cold targets: `{"buckets": ...}`, of the same rows before and after it.
+
+    A bucket that got worse is warned about. Recall at m and beyond cannot change, so NDCG@10 is compared.
+
+    Args:
+        retriever, ranker: reports of the same rows with buckets (`evaluate(..., train_counts=...)`).
+        progress: print the comparison.
+
+    Raises:
+        RequestError: reports of different rows or without buckets.
+    """
+    compared = compare_buckets(retriever, ranker)
+    if progress:
+        print(compared, flush=True)
+    if compared.warning:
+        logger.warning(compared.warning)
+    return {"buckets": compared.to_dict()}
