@@ -8,11 +8,9 @@ import torch
 from test_language_recipes import LANGUAGE, write_log
 
 from hf_genrec.errors import RecipeError
-from hf_genrec.evaluation.evaluation_report import EvaluationReport, RankingResult
 from hf_genrec.recipes.build import build_identifiers, build_model
 from hf_genrec.recipes.pipeline import load_data_section, train_recipe
 from hf_genrec.recipes.resolver import resolve_recipe
-from hf_genrec.recipes.stages.candidate_ranker import compared_with_retriever
 
 SMALL = LANGUAGE | {"model.num_candidates": 5, "model.max_title_tokens": 12, "model.max_history": 3}
 SHORT = {"training.max_steps": 4, "training.method_options": {"samples": 16}, "logging_steps": 1000}
@@ -105,28 +103,3 @@ def test_rankers_that_write_report_their_answers(tmp_path, name):
     found = summary["written_answers"]
     assert found["rows"] == 50 and found["candidates"] == 5
     assert 0 <= found["hit_rate@1"] <= found["valid_ratio"] <= 1
-
-
-def report(name, ranks, head):
-    result = RankingResult(np.asarray(ranks, float), {})
-    targets = np.arange(40) % 4
-    buckets = {"head": head[targets], "tail": ~head[targets]}
-    return EvaluationReport(name, "removed", {"removed": result}, (10,), 4, np.arange(40), targets, buckets_M=buckets)
-
-
-def test_a_bucket_that_got_worse_than_the_retriever_is_named(caplog, capsys):
-    head = np.array([True, True, False, False])
-    retriever = report("retriever", np.tile([2, 2, 1, 1], 10), head)
-    ranker = report("llara", np.tile([1, 1, 9, 9], 10), head)
-    found = compared_with_retriever(retriever, ranker, progress=True)["buckets"]
-    assert (found["before"], found["after"], found["worse"]) == ("retriever", "llara", ["tail"])
-    assert found["buckets"]["head"]["verdict"] == "better" and "tail items" in caplog.text
-    assert "tail" in capsys.readouterr().out
-    caplog.clear()
-    assert compared_with_retriever(retriever, retriever)["buckets"]["worse"] == [] and not caplog.text
-
-
-def test_reports_of_a_run_can_be_compared(tmp_path):
-    trained = train(tmp_path, "llamarec", SHORT)
-    found = compared_with_retriever(trained.baselines["retriever"], trained.report)["buckets"]
-    assert set(found["buckets"]) == {"head", "tail", "cold"} and found["all"]["targets"] == 12

@@ -2,8 +2,7 @@
 
 The retriever is a SASRec trained on the same rows. `system` names the published ranker (TALLRec, CoLLM, LLaRA, A-LLMRec,
 LlamaRec, LLMRank) whose verbaliser, soft tokens and stages are taken, see `RANKER_METHODS`. Rankers that write titles also
-report how many of their free answers name a candidate, and every ranker is compared with its retriever's order bucket by
-bucket (`compared_with_retriever`).
+report how many of their free answers name a candidate.
 
 Shapes: N items, D width of a soft token's vector.
 """
@@ -11,7 +10,6 @@ Shapes: N items, D width of a soft token's vector.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,10 @@ import numpy as np
 from hf_genrec.alignment.tasks.families import TaskData
 from hf_genrec.alignment.trainers.candidate_stages import RANKER_METHODS
 from hf_genrec.errors import ItemTableError, RecipeError
-from hf_genrec.evaluation.bucket_comparison import compare_buckets
-from hf_genrec.evaluation.evaluation_report import EvaluationReport
 from hf_genrec.models.candidate_ranker.modeling_candidate_ranker import CandidateRankerForCausalLM
 from hf_genrec.recipes.stages.causal_lm import CausalLMOptions, language_model_and_tokenizer, options_of
 from hf_genrec.recipes.stages.context import FeatureBlock, MethodResult, StageContext, TrainingJob
 
-logger = logging.getLogger(__name__)
 COLLABORATIVE = "collaborative"
 WRITTEN_ROWS = 200  # validation rows that free answers are asked for: our choice, they cost a generation each
 _TOKENIZER = "_ranker_text_tokenizer"  # of the language model, kept with the context of the run
@@ -209,25 +204,3 @@ def _written_answers(job: TrainingJob, model: Any) -> dict[str, Any]:
     found = evaluate_written_answers(model, tokenizer, validation, max_users=WRITTEN_ROWS, seed=job.context.seed)
     rows = min(WRITTEN_ROWS, len(validation))
     return {"written_answers": found | {"rows": rows, "candidates": model.config.num_candidates}}
-
-
-def compared_with_retriever(
-    retriever: EvaluationReport, ranker: EvaluationReport, *, progress: bool = False
-) -> dict[str, Any]:
-    """What a ranker changed for head, tail and cold targets: `{"buckets": ...}`, of the same rows before and after it.
-
-    A bucket that got worse is warned about. Recall at m and beyond cannot change, so NDCG@10 is compared.
-
-    Args:
-        retriever, ranker: reports of the same rows with buckets (`evaluate(..., train_counts=...)`).
-        progress: print the comparison.
-
-    Raises:
-        RequestError: reports of different rows or without buckets.
-    """
-    compared = compare_buckets(retriever, ranker)
-    if progress:
-        print(compared, flush=True)
-    if compared.warning:
-        logger.warning(compared.warning)
-    return {"buckets": compared.to_dict()}
