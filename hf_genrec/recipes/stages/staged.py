@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from hf_genrec.artifacts import staged_folder, verify_manifest
@@ -131,14 +132,19 @@ def _ranked(job: TrainingJob, model: Any, tokenizer: Any, name: str) -> Any:
 
 
 def _store(place: Path, model: Any, tokenizer: Any, summary: dict[str, Any]) -> None:
-    with staged_folder(place / "finished") as staged:
-        model.save_pretrained(staged)
-        config = getattr(model, "recommendation_config", None)
-        if config is not None:
-            config.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        (staged / _RESULT).write_text(json.dumps(summary, default=str), encoding="utf-8")
-    shutil.rmtree(place / "running", ignore_errors=True)
+    """Written by the main process; the others wait for it."""
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody still reads the checkpoints
+    if processes.is_main_process:
+        with staged_folder(place / "finished") as staged:
+            model.save_pretrained(staged)
+            config = getattr(model, "recommendation_config", None)
+            if config is not None:
+                config.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            (staged / _RESULT).write_text(json.dumps(summary, default=str), encoding="utf-8")
+        shutil.rmtree(place / "running", ignore_errors=True)
+    processes.wait_for_everyone()
 
 
 def _finished(place: Path, model: Any, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]] | None:
