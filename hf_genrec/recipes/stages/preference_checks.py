@@ -71,7 +71,9 @@ def check_iterative_preference(
     else:
         for column in options.get("feedback") or FEEDBACK:
             training_values(job.context.data, column, job.context.split.train)
-    asked = (job.recipe.training if training is None else training).get("eval_strategy")
+    if training is None:  # inside stages, what is left of the recipe's own is meant for the others too
+        training = job.recipe.training if "method" in job.recipe.training else {}
+    asked = training.get("eval_strategy")
     if asked not in (None, "no"):
         raise RecipeError(
             f"training.eval_strategy {asked!r}: iterative_preference ranks the validation part after every round and "
