@@ -13,7 +13,7 @@ same kind; metrics.json compares head, tail and cold items before and after, and
 Negatives: random, popularity, beam (the model's own best answers), prefix (items of --shared leading codes), self_play (the
 model's own best answers of --shared leading codes) or feedback (items that the user rated low; chosen are those rated high).
 The pairs stay in <output_dir>-pairs.parquet (--pairs_file FILE for another place): TRL's columns prompt, chosen, rejected,
-their token ids, and the item ids.
+their token ids, and the item ids. --title_pairs FILE writes the same pairs as titles, for other language models.
 
 Checkpoints go to <output_dir>-checkpoints and are removed after the save; --resume_from_checkpoint true goes on after an
 interruption. --push_to_hub true --hub_model_id owner/name uploads the artefact.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_genrec.alignment.negatives import NEGATIVES, PREFIX_NEGATIVES, named_sampler
-from hf_genrec.alignment.pair_datasets import item_dataset, load_pairs, save_pairs
+from hf_genrec.alignment.pair_datasets import item_dataset, load_pairs, save_pairs, text_dataset
 from hf_genrec.alignment.pairs import make_pairs
 from hf_genrec.alignment.trainers.seq2seq_preference import Seq2SeqPreferenceConfig, Seq2SeqPreferenceTrainer
 from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
@@ -71,6 +71,10 @@ class ScriptArguments:
     )
     pairs_file: str | None = field(
         default=None, metadata={"help": "Parquet file of the pairs, kept; default <output_dir>-pairs.parquet."}
+    )
+    title_pairs: str | None = field(
+        default=None,
+        metadata={"help": "Also write the pairs as titles, for language models without item tokens: Parquet file."},
     )
 
     def __post_init__(self) -> None:
@@ -129,6 +133,8 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
         data, split, section = data_of(start, data_args, columns)
         run.say(data.report)
 
+    if script.title_pairs is not None and data.items is None:
+        raise RequestError("--title_pairs needs titles, and this data has no item table: give --items.")
     with run.stage("pairs"):  # once, by one process: all processes and a resumed run read the same files
         folder = Path(args.output_dir)
         rows, held_out, rejected = chosen_rows(data, split, script.negatives, script.targets, **script.feedback)
@@ -151,8 +157,13 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
                     rejected_by_user=rejected,
                 )
                 for name, rows in parts.items():
+                    preferred = make_pairs(rows, sampler, script.num_negatives, allow_fewer=True)
+                    if name == "pairs" and script.title_pairs is not None:
+                        titles, names = data.items.titles(), {"item_ids": tokenizer.item_ids}
+                        texts = text_dataset(preferred, titles, max_history=config.max_history, **names)
+                        save_pairs(texts, Path(script.title_pairs))
                     made = item_dataset(
-                        make_pairs(rows, sampler, script.num_negatives, allow_fewer=True),
+                        preferred,
                         tokenizer,
                         before=getattr(tokenizer, "history_before", ""),
                         after=getattr(tokenizer, "history_after", ""),

@@ -173,8 +173,13 @@ def test_feedback_of_the_log_and_the_kept_pairs(scripts, world, tmp_path, kind, 
     recipe = resolve_recipe(str(tmp_path / "out" / "recipe.yaml"))
     assert recipe.data["extra_columns"] == ["stars"]
     assert recipe.training["method_options"]["stages"][-1]["options"]["feedback_column"] == "stars"
-    run(scripts["dpo"], [*words, "--feedback_column", "stars", "--pairs_file", str(tmp_path / "mine.parquet")])
-    assert len(load_pairs(tmp_path / "mine.parquet")) == len(pairs)
+    files = ["--pairs_file", str(tmp_path / "mine.parquet"), "--title_pairs", str(tmp_path / "titles.parquet")]
+    run(scripts["dpo"], [*words, "--feedback_column", "stars", *files])
+    mine, titles = load_pairs(tmp_path / "mine.parquet"), load_pairs(tmp_path / "titles.parquet")
+    assert len(mine) == len(pairs) and titles["chosen_item"] == mine["chosen_item"]
+    title = lambda item: f"The {'red' if int(item[1:]) % 2 else 'blue'} shoe {int(item[1:])}"
+    assert titles["chosen"][:] == [title(item) for item in mine["chosen_item"]]
+    assert titles["rejected"][:] == [[title(item) for item in row] for row in mine["rejected_items"]]
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
