@@ -28,15 +28,17 @@ from hf_genrec.alignment.rollouts import item_prompts
 from hf_genrec.alignment.trainers.item_grpo import ItemGRPOConfig, ItemGRPOTrainer
 from hf_genrec.alignment.trainers.seq2seq_grpo import Seq2SeqGRPOConfig, Seq2SeqGRPOTrainer
 from hf_genrec.cli.script_options import DataArguments, LoraArguments, parse, run_script
+from hf_genrec.cli.script_record import as_recipe, checked_record, start_recipe, with_stage
 from hf_genrec.cli.script_run import ScriptRun
-from hf_genrec.cli.script_start import data_of, kept_quantizer, open_start, recorded, start_facts, with_stage
+from hf_genrec.cli.script_start import data_of, ends_items, kept_quantizer, open_start, start_facts
 from hf_genrec.errors import IncompatibleComponentsError, RequestError
 from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.hub import load_artifact
 from hf_genrec.identifiers.features_array import vectors_of_items
 from hf_genrec.recipes.stages.context import StageContext
 from hf_genrec.recipes.stages.features import cooccurrence_block, text_block, trained_sasrec
-from hf_genrec.recipes.stages.preference import REWARDS, part_of_rows
+from hf_genrec.recipes.stages.preference import part_of_rows, with_history
+from hf_genrec.recipes.stages.preference_checks import REWARDS
 
 
 @dataclass
@@ -120,11 +122,6 @@ def scores_of(script: ScriptArguments, context: StageContext) -> Any:
     return rewards.model_scores(other.model, other.tokenizer)
 
 
-def with_history(rows: Any) -> Any:
-    """The rows of new users left out: a prompt needs a history."""
-    return rows.take(rows.histories.lengths > 0)
-
-
 def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dict[str, Any] | None:
     """Artefact, prompts, training, ranking before and after, artefact. Returns metrics.json's content (main process only).
 
@@ -141,6 +138,8 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
     if seq2seq != isinstance(args, Seq2SeqGRPOConfig):
         raise RequestError(f"{script.model} needs the other kind of options: parse the line with parse_line.")
     history = args if seq2seq else groups[0]
+    if not seq2seq:  # as the artefact was trained
+        args.answer_eos = args.answer_eos or ends_items(start)
     config = recommendation_config_of(model).merged(num_beams=data_args.test_num_beams, max_history=history.max_history)
 
     with run.stage("data"):
@@ -182,9 +181,18 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
         reports = run.rank(trained, tokenizer, data, split, "grpo")
         run.say(reports["test"])
 
-    options = {"reward": script.weights, "targets": script.targets, "num_prompts": script.num_prompts}
-    options["lora"] = None if seq2seq else groups[1].record()
-    stage = {"method": "grpo", "options": options, "training": recorded(args)}
+    single = script.weights == {next(iter(script.weights)): 1.0}
+    names = ("num_generations", "beta", "rollouts", "add_target", *(["sft_weight"] if seq2seq else ["logprobs"]))
+    options = {name: getattr(args, name) for name in names}
+    options |= {"reward": next(iter(script.weights)) if single else script.weights}
+    options |= {"targets": script.targets, "prompts": script.num_prompts}
+    options |= {} if seq2seq else {"lora": groups[1].record()}
+    stage, other = as_recipe("grpo", options, args)
+    for name in ("generation_batch_size", "max_completion_length"):  # follow from the others
+        other.pop(name, None)
+    if other.get("steps_per_generation") == args.gradient_accumulation_steps:
+        del other["steps_per_generation"]
+    recipe = with_stage(start_recipe(start), stage, section=section, papers=["2402.03300"], config=config)
     return run.save(
         trained,
         tokenizer,
@@ -192,8 +200,8 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
         split,
         reports,
         before,
-        summary=summary | {"method": "grpo", "prompts": len(prompts), **options},
-        recipe=with_stage(start.recipe, stage, section=section, papers=["2402.03300"]),
+        summary=summary | {"method": "grpo", **stage["options"], "prompts": len(prompts), "other_settings": other},
+        recipe=checked_record(recipe),
         **kept_quantizer(start),
     )
 

@@ -32,11 +32,13 @@ from hf_genrec.alignment.tasks.language_mixture import language_mixture, serving
 from hf_genrec.alignment.tasks.language_rows import STYLES, LanguageEncoder
 from hf_genrec.alignment.trainers.item_sft import ItemSFTConfig, ItemSFTTrainer
 from hf_genrec.cli.script_options import DataArguments, LoraArguments, parse, run_script
+from hf_genrec.cli.script_record import as_recipe, checked_record, described_identifiers, searched
 from hf_genrec.cli.script_run import ScriptRun
-from hf_genrec.cli.script_start import data_section, recorded
+from hf_genrec.cli.script_start import data_section
 from hf_genrec.errors import IncompatibleComponentsError, RequestError
 from hf_genrec.evaluation.catalogue import align_to_catalogue
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.hub import load_artifact
 from hf_genrec.identifiers.collisions import COLLISION_POLICIES, resolve_collisions
 from hf_genrec.identifiers.extend import extend_tokenizer
@@ -163,6 +165,27 @@ def identifiers(script: ScriptArguments, data: Any, split: Any, seed: int, progr
     return tokenizer, [*fitting, *[None] * (len(sizes) - len(fitting))], kept
 
 
+def described(script: ScriptArguments, tokenizer: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Title, and the sections `features` and `identifiers` of the recipe: those of the artefact that --codes names, of the
+    k-means made here, or for codes of a file a k-means of the same sizes, which the title says.
+    """
+    title = "Supervised fine-tuning of a language model on items"
+    if script.codes is None:
+        text = {"when_missing": "skip"}
+        if script.text_encoder is not None and not Path(script.text_encoder).exists():
+            text["encoder"] = script.text_encoder
+        blocks = {"text": text, "cooccurrence": {"dim": min(64, tokenizer.num_items - 1)}}
+        sizes = list(script.codebook_sizes)
+        kind = {"quantizer": "residual_kmeans", "features": list(script.features), "codebook_sizes": sizes}
+        kind |= {"pca_dim": 32, "max_load": 2.0, "collisions": script.collisions}
+        return title, {name: blocks[name] for name in script.features}, kind
+    if catalogue_of(script.codes) is not None:
+        recipe = load_artifact(script.codes).recipe or {}
+        if recipe.get("identifiers"):
+            return title, recipe.get("features") or {}, recipe["identifiers"]
+    return f"{title}; a k-means stands for the codes of {Path(script.codes).name}", *described_identifiers(tokenizer)
+
+
 def encoder_of(script: ScriptArguments, args: ItemSFTConfig, tokenizer: Any) -> LanguageEncoder:
     """Rows as token ids."""
     return LanguageEncoder(
@@ -262,17 +285,25 @@ def main(
         reports = run.rank(trained, tokenizer, data, split, "sft")
         run.say(reports["test"])
 
-    names = ("item_init", "style", "system", "windows", "end_items")
+    names = ("dtype", "item_init", "style", "system", "windows", "end_items")
     base_name = Path(script.model).name if Path(script.model).exists() else script.model
     options = {"families": script.tasks, "item_head": args.item_head, "num_candidates": script.num_candidates}
+    stage, other = as_recipe("sft", options, args)
+    other.pop("max_length", None)  # of the model's section
+    title, features, kind = described(script, tokenizer)
     recipe = {
         "name": "sft",
+        "title": title,
+        "status": "smoke",
         "stage": "alignment",
         "paper": ["2311.09049"],
         "data": section,
+        "features": features,
+        "identifiers": kind,
         "model": {"type": "causal_lm", "base": base_name, "lora": lora.record(), "max_length": encoder.max_length}
         | {name: getattr(script, name) for name in names},
-        "training": {"method": "sft", "method_options": options} | recorded(args),
+        "training": {"method": "sft", "method_options": stage["options"]} | stage["training"],
+        "generation": searched(recommendation_config_of(trained)),
     }
     return run.save(
         trained,
@@ -280,8 +311,8 @@ def main(
         data,
         split,
         reports,
-        summary=summary | {"method": "sft", "rows_per_family": rows.counts},
-        recipe=recipe,
+        summary=summary | {"method": "sft", "rows_per_family": rows.counts, "other_settings": other},
+        recipe=checked_record(recipe),
         **quantizer,
     )
 

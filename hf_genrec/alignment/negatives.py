@@ -26,6 +26,7 @@ from hf_genrec.data.sequences import Sequences, offsets_from_lengths, ragged_pos
 from hf_genrec.errors import RequestError, TrainingError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.item_filter import ItemFilter
+from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.generation.scorers import scorer_for
 from hf_genrec.generation.search import evaluating, search_items
 from hf_genrec.generation.trie import ItemTrie
@@ -365,6 +366,7 @@ class BeamNegatives(NegativeSampler):
         max_history: newest items of a history that the model reads.
         encode: function of a list of item-index arrays that gives `input_ids` and `attention_mask` (B, T), for models
             with prompts of their own; default `tokenizer.encode_item_indices`.
+        restrict_to_level: a softmax over the codes of each level (stock models trained so); None: as the model is served.
         options: as for NegativeSampler; `groups` is `code_groups(tokenizer)` by default. Beam search draws nothing, so
             the seed has no effect here.
     """
@@ -379,12 +381,14 @@ class BeamNegatives(NegativeSampler):
         batch_size: int = 64,
         max_history: int | None = None,
         encode: Callable[[list[np.ndarray]], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        restrict_to_level: bool | None = None,
         **options: Any,
     ) -> None:
         options.setdefault("groups", code_groups(tokenizer))
         super().__init__(tokenizer.num_items, **options)
         self.model, self.tokenizer, self.num_beams, self.batch_size = model, tokenizer, int(num_beams), int(batch_size)
         self.max_history, self._encode = max_history, encode or self._encode_items
+        self.restrict_to_level = restrict_to_level
         self._range = None if shared is None else _PrefixRange(tokenizer, shared)
 
     def _encode_items(self, rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -393,7 +397,10 @@ class BeamNegatives(NegativeSampler):
         return encoded["input_ids"], encoded["attention_mask"]
 
     def _fill(self, draw: _Draw, rng: np.random.Generator) -> None:
-        decoder = scorer_for(self.model, self.tokenizer)
+        restrict = self.restrict_to_level
+        if restrict is None:
+            restrict = recommendation_config_of(self.model).restrict_to_level
+        decoder = scorer_for(self.model, self.tokenizer, restrict_to_level=restrict)
         trie = ItemTrie.from_tokenizer(self.tokenizer, decoder.device)
         wanted = min(self.num_items, draw.k * trie.max_items_per_leaf)  # items of one code count once
         config = RecommendationConfig(k=wanted, num_beams=max(self.num_beams, wanted), exclude_seen=False)
@@ -413,7 +420,38 @@ class BeamNegatives(NegativeSampler):
                 draw.accept(np.repeat(rows_b, items_bk.shape[1]), items_bk.cpu().numpy().reshape(-1))
 
 
-NEGATIVES = ("random", "popularity", "beam", "prefix")
+def self_play_negatives(
+    model: Any,
+    tokenizer: Any,
+    shared: tuple[int, int],
+    *,
+    num_beams: int = 50,
+    batch_size: int = 64,
+    max_history: int | None = None,
+    seed: int = 0,
+    fallback: NegativeSampler | None = None,
+) -> BeamNegatives:
+    """Prefix self-play (arXiv 2511.11255): the model's own best answers among the items that share `shared` leading codes
+    with the chosen one, filled up from the catalogue there, then from `fallback`.
+
+    Args:
+        num_beams, batch_size, max_history: of the search.
+        seed: of what fills up.
+    """
+    there = PrefixNegatives(tokenizer, shared, seed=seed, fallback=fallback)
+    return BeamNegatives(
+        model,
+        tokenizer,
+        num_beams=num_beams,
+        shared=shared,
+        batch_size=batch_size,
+        max_history=max_history,
+        fallback=there,
+    )
+
+
+NEGATIVES = ("random", "popularity", "beam", "prefix", "self_play", "feedback")
+PREFIX_NEGATIVES = ("beam", "prefix", "self_play")
 
 
 def named_sampler(
@@ -427,40 +465,49 @@ def named_sampler(
     model: Any = None,
     batch_size: int = 64,
     max_history: int | None = None,
-) -> NegativeSampler | BeamNegatives:
-    """A sampler by its name in recipes and scripts. Where one finds too few items, random ones fill up.
+    rejected_by_user: Sequences | None = None,
+) -> NegativeSampler:
+    """A sampler by its name in recipes and scripts. Where one finds too few items, random ones fill up; but "feedback" gives
+    what users rejected and nothing else.
 
     Args:
         name: one of `NEGATIVES`.
         counts_N: training interactions per item, for "popularity".
-        shared: least and most leading codes in common with the chosen item, for "prefix" (default: one to all but one)
-            and "beam".
-        num_negatives: K; "beam" searches at least 2 K answers.
-        model: whose answers are drawn, for "beam".
+        shared: least and most leading codes in common with the chosen item, for "prefix" and "self_play" (default: one to
+            all but one) and "beam" (default: any).
+        num_negatives: K; "beam" and "self_play" search at least 2 K answers.
+        model: whose answers are drawn, for "beam" and "self_play".
         batch_size, max_history: of that search.
+        rejected_by_user: a row of items per user, for "feedback" (see `pairs.feedback_rows`).
 
     Raises:
-        RequestError: an unknown name, or `shared` that is no pair.
+        RequestError: an unknown name, `shared` that is no pair or that the sampler does not read, feedback without items.
     """
     if name not in NEGATIVES:
         raise RequestError(f"unknown negatives {name!r}: choose one of {', '.join(NEGATIVES)}.")
     if shared is not None and len(shared) != 2:
         raise RequestError(f"shared {list(shared)}: give two numbers, least and most leading codes in common.")
+    if shared is not None and name not in PREFIX_NEGATIVES:
+        raise RequestError(
+            f"shared {list(shared)} has no effect on {name} negatives: leave it out, or choose one of "
+            f"{', '.join(PREFIX_NEGATIVES)}."
+        )
     groups_N = code_groups(tokenizer)
     fallback = RandomNegatives(tokenizer.num_items, groups=groups_N, seed=seed)
     if name == "random":
         return fallback
     if name == "popularity":
         return PopularityNegatives(counts_N, groups=groups_N, seed=seed, fallback=fallback)
+    if name == "feedback":
+        if rejected_by_user is None:
+            raise RequestError("feedback negatives need rejected_by_user=, what each user rejected.")
+        return FeedbackNegatives(rejected_by_user, tokenizer.num_items, groups=groups_N, seed=seed)
     bounds = None if shared is None else (int(shared[0]), int(shared[1]))
+    near = bounds or (1, tokenizer.num_levels - 1)
     if name == "prefix":
-        return PrefixNegatives(tokenizer, bounds or (1, tokenizer.num_levels - 1), seed=seed, fallback=fallback)
-    return BeamNegatives(
-        model,
-        tokenizer,
-        num_beams=max(20, 2 * num_negatives),
-        shared=bounds,
-        batch_size=batch_size,
-        max_history=max_history,
-        fallback=fallback,
-    )
+        return PrefixNegatives(tokenizer, near, seed=seed, fallback=fallback)
+    search: dict[str, Any] = {"num_beams": max(20, 2 * num_negatives), "batch_size": batch_size}
+    search |= {"max_history": max_history, "fallback": fallback}
+    if name == "self_play":
+        return self_play_negatives(model, tokenizer, near, seed=seed, **search)
+    return BeamNegatives(model, tokenizer, shared=bounds, **search)

@@ -1,7 +1,7 @@
 """Preference pairs from interactions: what a user chose next, against items that he did not.
 
-`next_items` or `Feedback.positives` say what was chosen after which history, a sampler of `negatives.py` gives the
-rejected items, `make_pairs` puts them together, `pair_datasets.py` writes them as TRL datasets. The pairs of S-DPO
+`next_items`, `feedback_rows` or `Feedback.positives` say what was chosen after which history, a sampler of `negatives.py`
+gives the rejected items, `make_pairs` puts them together, `pair_datasets.py` writes them as TRL datasets. S-DPO's pairs
 (arXiv 2406.09215); feedback tiers as in Align3GR (arXiv 2511.11255).
 
 Shape legend: M pairs, K rejected items of a pair, U users, N items, n interactions.
@@ -16,8 +16,9 @@ from typing import Literal
 import numpy as np
 
 from hf_genrec.alignment.negatives import NegativeSampler
+from hf_genrec.data.interactions import RecommendationData
 from hf_genrec.data.sequences import Sequences, offsets_from_lengths, ragged_positions
-from hf_genrec.data.splits import EvaluationSet
+from hf_genrec.data.splits import EvaluationSet, Split
 from hf_genrec.errors import TrainingError
 
 
@@ -119,6 +120,20 @@ class Feedback:
         sequences = Sequences(offsets_from_lengths(lengths), item_n[order], times)
         return cls(sequences, np.asarray(values, np.float64)[order])
 
+    @classmethod
+    def from_data(cls, data: RecommendationData, column: str, train: Sequences) -> Feedback:
+        """What a column of the data says about the training interactions; those without a value are left out.
+
+        Args:
+            data: loaded with the column (`load_data(extra_columns=...)`).
+            train: U rows, each the beginning of a row of the data (`split.train`).
+
+        Raises:
+            TrainingError: no such column, or one that holds no numbers.
+        """
+        values_n = training_values(data, column, train)
+        return cls(train, np.nan_to_num(values_n))._where(~np.isnan(values_n))
+
     def _where(self, keep_n: np.ndarray) -> Feedback:
         rows = self.sequences.row_index()[keep_n]
         times = self.sequences.timestamps
@@ -163,6 +178,70 @@ class Feedback:
             TrainingError: no user has enough of them.
         """
         return next_items(self.tier(at_least), targets=targets, min_history=min_history)
+
+
+def training_values(data: RecommendationData, column: str, train: Sequences) -> np.ndarray:
+    """A column of the data for the interactions of `train`: (n,) float64, NaN where there is none.
+
+    Raises:
+        TrainingError: no such column, or one that holds no numbers.
+    """
+    if column not in data.extra:
+        there = ", ".join(data.extra) or "none"
+        raise TrainingError(
+            f"feedback: {data.name} has no column {column!r} beside its interactions (kept columns: {there}); name it in "
+            "extra_columns (`data: {extra_columns: [...]}` of a recipe) and check that the log has it."
+        )
+    values = np.asarray(data.extra[column])
+    if values.dtype.kind not in "fiub" or not np.isfinite(values.astype(np.float64)).any():
+        raise TrainingError(
+            f"feedback: column {column!r} of {data.name} holds no numbers; name a rating or dwell time."
+        )
+    return values.astype(np.float64)[ragged_positions(data.sequences.offsets[:-1], train.lengths)]
+
+
+def feedback_rows(
+    data: RecommendationData,
+    split: Split,
+    *,
+    column: str = "rating",
+    liked: float = 4.0,
+    disliked: float | None = None,
+    targets: Literal["last", "all"] = "all",
+) -> tuple[EvaluationSet, EvaluationSet, Sequences]:
+    """What users liked, and what they did not, by a column of the data (ratings, dwell times, 1 and 0).
+
+    Args:
+        column: name in `data.extra`.
+        liked: chosen items have a value of at least so much; histories hold such items only.
+        disliked: rejected items have a value below; default `liked`.
+        targets: as for `next_items`.
+
+    Returns:
+        Training rows, validation rows (those whose target was liked; maybe none), and the rejected items of every user in
+        the training part: (U rows), for FeedbackNegatives.
+
+    Raises:
+        TrainingError: no such column, or nothing that is liked or disliked.
+    """
+    feedback = Feedback.from_data(data, column, split.train)
+    rejected = feedback.tier(below=liked if disliked is None else disliked)
+    kept = feedback.tier(liked)
+    for name, bound, found in (("liked", liked, kept), ("disliked", disliked, rejected)):
+        if not found.num_items:
+            values = feedback.values
+            raise TrainingError(
+                f"feedback: {name}={bound}, but column {column!r} goes from {values.min():g} to {values.max():g}: no training "
+                "interaction counts."
+            )
+    held_out = split.validation
+    values_M = np.asarray(data.extra[column], np.float64)[
+        data.sequences.offsets[held_out.users] + held_out.histories.lengths
+    ]
+    good = (values_M >= liked) & (kept.lengths[held_out.users] > 0)
+    users = held_out.users[good]
+    validation = EvaluationSet(users, kept.take(users), held_out.targets[good])
+    return next_items(kept, targets=targets), validation, rejected
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +329,7 @@ def make_pairs(
         )
     keep = np.flatnonzero(found_M)
     if not len(keep):
-        raise TrainingError("no row has a rejected item; give the sampler a fallback.")
+        raise TrainingError("no row has a rejected item; give the sampler a fallback, or take other negatives.")
     kept = rows.take(keep)
     return PreferencePairs(
         kept.histories, kept.targets, rejected_MK[keep], kept.users, left_out=len(found_M) - len(keep)

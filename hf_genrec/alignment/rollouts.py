@@ -11,6 +11,7 @@ Shape legend: B prompts, T tokens, G rollouts of a prompt, X candidates of the s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_genrec.generation.scorers import scorer_for
 from hf_genrec.generation.search import evaluating, search_items
 from hf_genrec.generation.trie import ItemTrie
 
+logger = logging.getLogger(__name__)
 STRATEGIES = ("beam", "sample")
 _ROWS_ENCODED = 1024
 
@@ -125,9 +127,7 @@ class ItemRollouts:
                 raise TrainingError(
                     "exclude_seen leaves out the items of histories: give the prompts a `history` column."
                 )
-            seen = [np.unique(np.asarray(row, np.int64)) for row in histories]
-            if targets is not None:
-                seen = [row[row != target] for row, target in zip(seen, targets)]
+            seen = self._seen(histories, targets)
         config = self._config
         if self.strategy == "sample":
             config = config.merged(decoding_options={**config.decoding_options, "seed": self.seed + seed})
@@ -141,6 +141,53 @@ class ItemRollouts:
             scores_BG, order_BG = scores_BG.sort(dim=1, descending=True, stable=True)
             items_BG = items_BG.gather(1, order_BG)
         return items_BG, scores_BG
+
+    @staticmethod
+    def _seen(histories: Sequence[np.ndarray], targets: Sequence[int] | None) -> list[np.ndarray]:
+        """What `exclude_seen` leaves out for each row: its history, the target never."""
+        seen = [np.unique(np.asarray(row, np.int64)) for row in histories]
+        return seen if targets is None else [row[row != target] for row, target in zip(seen, targets)]
+
+    def enough_left(self, histories: Sequence[np.ndarray], targets: Sequence[int] | None = None) -> np.ndarray:
+        """(M,) bool: rows whose histories leave G codes to draw; all of them where seen items stay."""
+        if not self.exclude_seen:
+            return np.ones(len(histories), bool)
+        leaves_N = self._trie.item_leaf_N.cpu().numpy()
+        sizes = np.bincount(leaves_N)
+        left = []
+        for row in self._seen(histories, targets):
+            leaves, counts = np.unique(leaves_N[row], return_counts=True)
+            left.append(len(sizes) - int((counts == sizes[leaves]).sum()))  # a shared code goes with its last item
+        return np.array(left, np.int64) >= self.size
+
+    def usable_prompts(self, dataset: Any, name: str) -> Any:
+        """The prompts that leave G items to draw, before a training starts that would stop at the first other one.
+
+        Args:
+            dataset: `datasets.Dataset` with `target` and, where seen items are left out, `history`; any other kind, whose
+                rows come one by one, stays as it is.
+            name: of the dataset, for messages.
+
+        Raises:
+            TrainingError: no prompt is left, or there is no `history`.
+        """
+        if not self.exclude_seen or not isinstance(dataset, Dataset):
+            return dataset
+        if "history" not in dataset.column_names:
+            raise TrainingError(
+                f"exclude_seen leaves out the items of histories: give the {name} dataset a `history` column."
+            )
+        enough = self.enough_left(dataset["history"][:], dataset["target"][:])
+        if enough.all():
+            return dataset
+        what = (
+            f"{int((~enough).sum())} of {len(enough)} prompts of the {name} dataset have histories that leave fewer than "
+            f"num_generations={self.size} items of the catalogue"
+        )
+        if not enough.any():
+            raise TrainingError(f"{what}: lower num_generations, or keep seen items (exclude_seen=False).")
+        logger.warning("%s: they are left out.", what)
+        return dataset.select(np.flatnonzero(enough))
 
     def _groups(
         self, items_BX: torch.Tensor, scores_BX: torch.Tensor, trie: ItemTrie, targets: Sequence[int] | None

@@ -11,6 +11,7 @@ Shape legend: M requests, P requests with a pair, N candidates, K rejected items
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,12 @@ import numpy as np
 
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import TrainingError
+from hf_genrec.generation.recommend import recommendation_config_of
 
-from .negatives import BeamNegatives, NegativeSampler, PrefixNegatives
+from .negatives import NegativeSampler, self_play_negatives
 from .rollouts import ItemRollouts
 
+logger = logging.getLogger(__name__)
 _SMALLEST_GAP = 1e-9  # between the rewards of chosen and rejected
 
 
@@ -65,7 +68,7 @@ class RewardPairs:
         share: part of the requests that gets pairs in each iteration; the paper takes 0.01.
         exclude_seen: no candidates from the user's history.
         max_history: newest items the model reads.
-        restrict_to_level: for stock models trained so.
+        restrict_to_level: a softmax over the codes of each level (stock models trained so); None: as the model is served.
         batch_size: requests searched together.
         seed: of the draw of requests.
     """
@@ -78,7 +81,7 @@ class RewardPairs:
         share: float = 0.01,
         exclude_seen: bool = True,
         max_history: int | None = None,
-        restrict_to_level: bool = False,
+        restrict_to_level: bool | None = None,
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
@@ -87,16 +90,24 @@ class RewardPairs:
         self._reward: Callable[[list[np.ndarray], np.ndarray], Any] = getattr(reward, "score_items", reward)
         self.num_candidates, self.share, self.seed = num_candidates, _check_share(share), seed
         self.max_history, self.batch_size = max_history, batch_size
-        self._options: dict[str, Any] = {"exclude_seen": exclude_seen, "restrict_to_level": restrict_to_level}
+        self.exclude_seen, self.restrict_to_level = exclude_seen, restrict_to_level
 
     def __call__(self, model: Any, tokenizer: Any, rows: EvaluationSet, iteration: int = 0) -> IterationPairs:
         """Pairs of the model as it is now.
 
+        Requests whose histories leave fewer than N candidates get no pair; a warning counts them.
+
         Raises:
-            TrainingError: the reward has another shape or is not finite, or tells no candidates apart for any request.
+            TrainingError: the reward has another shape or is not finite, tells no candidates apart for any request, or no
+                request has N candidates.
         """
-        drawn_P = _draw(len(rows), self.share, self.seed, iteration)
-        search = ItemRollouts(tokenizer, self.num_candidates, **self._options)
+        restrict = self.restrict_to_level
+        if restrict is None:
+            restrict = recommendation_config_of(model).restrict_to_level
+        search = ItemRollouts(
+            tokenizer, self.num_candidates, exclude_seen=self.exclude_seen, restrict_to_level=restrict
+        )
+        drawn_P = self._with_candidates(search, rows, _draw(len(rows), self.share, self.seed, iteration))
         items, scores = [], []
         for start in range(0, len(drawn_P), self.batch_size):
             batch = [np.asarray(rows.histories[row], np.int64) for row in drawn_P[start : start + self.batch_size]]
@@ -131,6 +142,18 @@ class RewardPairs:
                 "reward_rejected": float(scores_PN[keep, worst_P[keep]].mean()),
             },
         )
+
+    def _with_candidates(self, search: ItemRollouts, rows: EvaluationSet, drawn: np.ndarray) -> np.ndarray:
+        enough = search.enough_left([rows.histories[row] for row in drawn])
+        if not enough.all():
+            what = (
+                f"{int((~enough).sum())} of {len(drawn)} requests have histories that leave fewer than "
+                f"num_candidates={self.num_candidates} items of the catalogue"
+            )
+            if not enough.any():
+                raise TrainingError(f"{what}: lower num_candidates, or keep seen items (exclude_seen=False).")
+            logger.warning("%s: they get no pair.", what)
+        return drawn[enough]
 
 
 Stage = NegativeSampler | Callable[[Any, Any], NegativeSampler]
@@ -191,9 +214,8 @@ def self_play_stages(
 
     def stage(shared: tuple[int, int]) -> Stage:
         def make(model: Any, tokenizer: Any) -> NegativeSampler:
-            fallback = PrefixNegatives(tokenizer, shared, seed=seed)
-            return BeamNegatives(
-                model, tokenizer, num_beams=num_beams, shared=shared, max_history=max_history, fallback=fallback
+            return self_play_negatives(
+                model, tokenizer, shared, num_beams=num_beams, max_history=max_history, seed=seed
             )
 
         return make

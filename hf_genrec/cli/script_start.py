@@ -1,10 +1,10 @@
-"""The artefact that a preference or reward run starts from, and the record of what was done to it."""
+"""The artefact that a preference or reward run starts from, and its data."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,6 @@ from hf_genrec.hub.parts import read_config
 from hf_genrec.identifiers.feature_transforms import FEATURES_FILE, ItemFeatures
 from hf_genrec.identifiers.quantizers.auto_quantizer import load_quantizer
 from hf_genrec.recipes.pipeline import load_data_section
-
-# of the recorded settings: what says where, not how
-_UNRECORDED = (
-    "hub_", "push_", "logging_", "output_dir", "resume_", "run_name", "report_to", "project", "trackio", "disable_tqdm",
-    "use_cpu", "dataloader_", "debug", "local_rank", "ddp_",
-)  # fmt: skip
 
 
 def start_facts(words: Sequence[str] | None) -> tuple[bool, dict[str, Any]]:
@@ -67,14 +61,21 @@ def open_start(folder: str | None) -> Artifact:
     return artifact
 
 
-def data_of(artifact: Artifact, arguments: DataArguments) -> tuple[RecommendationData, Split, dict[str, Any]]:
+def data_of(
+    artifact: Artifact, arguments: DataArguments, columns: Sequence[str] = ()
+) -> tuple[RecommendationData, Split, dict[str, Any]]:
     """Data, split and the section that describes them: as the artefact was trained, where nothing else is said.
+
+    Args:
+        columns: of the log, kept beside the interactions.
 
     Raises:
         RequestError: no data set is named anywhere.
         IncompatibleComponentsError: data with items that the artefact does not know.
     """
     section = dict((artifact.recipe or {}).get("data") or {}) | data_section(arguments)
+    if columns:
+        section["extra_columns"] = list(dict.fromkeys([*(section.get("extra_columns") or []), *columns]))
     dataset = arguments.dataset or (artifact.metrics or {}).get("dataset")
     if dataset is None:
         raise RequestError("name the data: --dataset movielens-100k, or the path of a log.")
@@ -97,6 +98,11 @@ def data_section(arguments: DataArguments) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
+def ends_items(artifact: Artifact) -> bool:
+    """Was the model trained to end items with the end token?"""
+    return bool(((artifact.recipe or {}).get("model") or {}).get("end_items"))
+
+
 def kept_quantizer(artifact: Artifact) -> dict[str, Any]:
     """The quantizer of an artefact as arguments of `save_artifact`: training did not change the codes."""
     folder = artifact.folder / QUANTIZER_FOLDER
@@ -109,46 +115,4 @@ def kept_quantizer(artifact: Artifact) -> dict[str, Any]:
         "quantizer": load_quantizer(folder),
         "item_features": ItemFeatures.load(features) if features.is_file() else None,
         "quantizer_files": beside,
-    }
-
-
-def recorded(args: Any) -> dict[str, Any]:
-    """The settings of a configuration that differ from its defaults, plain values only, without places and secrets."""
-    values = {}
-    for one in dataclasses.fields(args):
-        value, default = getattr(args, one.name, None), one.default
-        if default is dataclasses.MISSING and one.default_factory is not dataclasses.MISSING:
-            default = one.default_factory()
-        value = getattr(value, "value", value)  # enumerations of transformers
-        if value == getattr(default, "value", default) or one.name.startswith(_UNRECORDED):
-            continue
-        if isinstance(value, bool | int | float | str) or (
-            isinstance(value, list) and all(isinstance(entry, bool | int | float | str) for entry in value)
-        ):
-            values[one.name] = value
-    return values
-
-
-def with_stage(
-    recipe: Mapping[str, Any] | None, stage: Mapping[str, Any], *, section: Mapping[str, Any], papers: Sequence[str]
-) -> dict[str, Any]:
-    """The recipe of an artefact with one more training stage behind those that it went through."""
-    old = dict(recipe or {})
-    training = dict(old.get("training") or {})
-    if training.get("method") == "stages":
-        stages = list((training.get("method_options") or {}).get("stages") or [])
-        rest = {name: value for name, value in training.items() if name not in ("method", "method_options")}
-    else:
-        rest, stages = {}, []
-        if training:
-            method, options = training.pop("method", "next_item"), training.pop("method_options", None)
-            stages = [{"method": method, "options": options or {}, "training": training}]
-    name = "-".join([*([str(old["name"])] if old.get("name") else []), str(stage["method"])])
-    cited = [*(old.get("paper") or []), *papers]
-    return {
-        **old,
-        "name": name,
-        "paper": list(dict.fromkeys(cited)),
-        "data": dict(section),
-        "training": {"method": "stages", "method_options": {"stages": [*stages, dict(stage)]}, **rest},
     }

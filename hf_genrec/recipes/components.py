@@ -444,13 +444,16 @@ METHODS: dict[str, Component] = {
             "pairs": int,
             "targets": str,
             "batches_of_beams": int,
+            "feedback_column": str,
+            "liked": float,
+            "disliked": float,
         },
     ),
     "grpo": Component(
         "hf_genrec.recipes.stages.preference:grpo",
         needs=frozenset({"preferences"}),
         options={
-            "reward": str,
+            "reward": (str, dict),
             "reward_features": str,
             "num_generations": int,
             "beta": float,
@@ -475,6 +478,10 @@ METHODS: dict[str, Component] = {
             "requests": int,
             "max_drop": float,
             "targets": str,
+            "pairs": str,
+            "reward": str,
+            "feedback": dict,
+            "num_negatives": int,
         },
     ),
     "sft": Component(

@@ -1,4 +1,4 @@
-"""Trains GRPO and the preference mixture on both kinds of models; started by `torchrun` with any number of processes.
+"""Trains GRPO, the preference mixture and two iterations of it; started by `torchrun` with any number of processes.
 
 Usage: grpo_driver.py OUTPUT_DIR PER_DEVICE_ROWS PER_DEVICE_PROMPTS
 """
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def main(folder: str, rows: int, prompts: int) -> None:
     import test_item_grpo
+    import test_iterative_preference
     import test_mixed_preference
     import test_seq2seq_grpo
 
@@ -32,11 +33,21 @@ def main(folder: str, rows: int, prompts: int) -> None:
             kind, f"{folder}/m{kind}", requests, per_device_train_batch_size=2 * prompts, num_train_epochs=1, **common
         )
         found[f"mixed {kind}"] = (trainer, ("loss", "grad_norm"))
+    rounds = test_iterative_preference.driver_of(
+        "seq2seq",
+        f"{folder}/rounds",
+        iterations=2,
+        num_train_epochs=1,
+        per_device_train_batch_size=2 * prompts,
+        **common,
+    )
+    history = rounds.train().history
     if trainer.accelerator.is_main_process:
         logs = {
             name: [[entry[key] for key in keys] for entry in one.state.log_history if "loss" in entry]
             for name, (one, keys) in found.items()
         }
+        logs["rounds"] = [[entry["train_loss"], entry["reward_top"]] for entry in history]
         Path(folder, "logs.json").write_text(json.dumps(logs))
 
 

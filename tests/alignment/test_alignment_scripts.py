@@ -24,7 +24,7 @@ from script_cases import NUM_ITEMS, ROOT, line_for, load_script, run, write_tige
 from sft_cases import base_lm, item_lm
 from transformers import TrainerCallback
 
-from hf_genrec.alignment.pair_datasets import save_pairs
+from hf_genrec.alignment.pair_datasets import load_pairs, save_pairs
 from hf_genrec.alignment.rewards import ItemGroups
 from hf_genrec.cli import script_run
 from hf_genrec.cli.script_run import trained_model
@@ -35,6 +35,8 @@ from hf_genrec.evaluation.evaluator import evaluate
 from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.hub import load_artifact
+from hf_genrec.recipes.pipeline import train_recipe
+from hf_genrec.recipes.resolver import resolve_recipe
 
 CONFIGS = ROOT / "examples" / "configs"
 ITEMS = {f"i{item:02d}" for item in range(NUM_ITEMS)}
@@ -108,8 +110,96 @@ def test_alignment_reports_buckets_before_and_after(scripts, world, tmp_path, na
         stages = artifact.recipe["training"]["method_options"]["stages"]
         assert [stage["method"] for stage in stages] == ["sft", "softmax_dpo" if name == "dpo" else "grpo"]
         assert artifact.recipe["data"]["min_user"] == 3 and artifact.recipe["paper"][0] == "2311.09049"
+        assert (
+            stages[1]["options"]["beta"] == (0.5 if name == "dpo" else 1e-3)
+            and stages[1]["training"]["max_history"] == 8
+        )
     else:
         assert scripts[name].parse_line(words)[-1].max_history == 6, "the history length of the artefact"
+
+
+@pytest.mark.parametrize("kind", ["sft", "sft k-means", "dpo", "grpo", "dpo tiger", "grpo tiger"])
+def test_what_is_written_is_a_recipe_that_trains_again(scripts, world, tmp_path, kind):
+    name = kind.split()[0]
+    start = None if name == "sft" else world / ("tiger" if "tiger" in kind else "start")
+    words = line_for(name, world, tmp_path / "out", "--max_steps", "1", model=start, lora="tiger" not in kind)
+    if kind == "sft k-means":
+        place = words.index("--codes")
+        words = [*words[:place], *words[place + 2 :], "--codebook_sizes", "4", "4", "--features", "cooccurrence"]
+    metrics = run(scripts[name], words)
+    no_text = {} if kind == "sft k-means" else {"features.text": None, "identifiers.features": ["cooccurrence"]}
+    base = {} if "tiger" in kind else {"model.base": str(world / "base")}  # a folder's path stays on its machine
+    recipe = resolve_recipe(str(tmp_path / "out" / "recipe.yaml"), no_text | base)
+    assert recipe.status == "smoke" and recipe.generation == {"num_beams": 16} and recipe.title
+    if name != "sft":
+        stages = recipe.training["method_options"]["stages"]
+        assert [stage["method"] for stage in stages][-1] == {"dpo": "softmax_dpo", "grpo": "grpo"}[name]
+        options = stages[-1]["options"]
+        expected = {"pairs": 48, "num_negatives": 2, "beta": 0.5, "sft_weight": 0.0}
+        expected = expected if name == "dpo" else {"prompts": 16, "num_generations": 4, "reward": "rule_and_rank"}
+        assert {key: options[key] for key in expected} == expected
+        assert stages[-1]["training"]["learning_rate"] == 1e-3 and stages[-1]["training"]["max_steps"] == 1
+    assert set(metrics["training"]["other_settings"]) <= {"lora", "loss_type"}
+    again = train_recipe(
+        recipe, str(world / "log.csv"), tmp_path / "again", items=str(world / "items.csv"), baselines=[], progress=False
+    )
+    assert type(again.model) is type(load_artifact(tmp_path / "out").model) and again.metrics["test"]["rows"] == 40
+    assert again.tokenizer.num_levels == load_artifact(tmp_path / "out").tokenizer.num_levels
+    assert (tmp_path / "again-stage-2-pairs.parquet").is_file() == (kind == "dpo")
+
+
+@pytest.mark.parametrize("kind", ["start", "tiger"])
+def test_feedback_of_the_log_and_the_kept_pairs(scripts, world, tmp_path, kind, capsys):
+    """Items 0, 5, 10 and 15 are rated 2, all others 5: these are chosen, those are rejected."""
+    lines = (world / "log.csv").read_text().splitlines()
+    rating = {f"i{item:02d}": 2.0 if item % 5 == 0 else 5.0 for item in range(NUM_ITEMS)}
+    rated = [f"{lines[0]},stars", *(f"{line},{rating[line.split(',')[1]]}" for line in lines[1:])]
+    (tmp_path / "rated.csv").write_text("\n".join(rated) + "\n")
+    words = line_for("dpo", world, tmp_path / "out", model=world / kind, lora=kind == "start")
+    words[words.index("--dataset") + 1] = str(tmp_path / "rated.csv")
+    words[words.index("--disable_tqdm") + 1] = "false"
+    words += ["--max_steps", "1", "--negatives", "feedback"]
+    with pytest.raises(TrainingError, match="no column 'rating'"):
+        run(scripts["dpo"], words)
+    more = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "true", "--save_strategy", "no"]
+    more += [] if kind == "start" else ["--load_best_model_at_end", "false"]
+    metrics = run(scripts["dpo"], [*words, *more, "--feedback_column", "stars", "--liked", "4"])
+    pairs = load_pairs(tmp_path / "out-pairs.parquet")
+    assert not (tmp_path / "out-checkpoints").exists() and len(pairs) == metrics["training"]["pairs"] > 10
+    assert {rating[item] for item in pairs["chosen_item"]} == {5.0}
+    assert {rating[item] for row in pairs["rejected_items"] for item in row} == {2.0}
+    assert metrics["training"]["pairs_file"] == "out-pairs.parquet" and str(tmp_path) not in json.dumps(metrics)
+    assert f"kept in {tmp_path / 'out-pairs.parquet'}" in capsys.readouterr().out
+    recipe = resolve_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert recipe.data["extra_columns"] == ["stars"]
+    assert recipe.training["method_options"]["stages"][-1]["options"]["feedback_column"] == "stars"
+    files = ["--pairs_file", str(tmp_path / "mine.parquet"), "--title_pairs", str(tmp_path / "titles.parquet")]
+    run(scripts["dpo"], [*words, "--feedback_column", "stars", *files])
+    mine, titles = load_pairs(tmp_path / "mine.parquet"), load_pairs(tmp_path / "titles.parquet")
+    assert len(mine) == len(pairs) and titles["chosen_item"] == mine["chosen_item"]
+    title = lambda item: f"The {'red' if int(item[1:]) % 2 else 'blue'} shoe {int(item[1:])}"
+    assert titles["chosen"][:] == [title(item) for item in mine["chosen_item"]]
+    assert titles["rejected"][:] == [[title(item) for item in row] for row in mine["rejected_items"]]
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_answers_end_as_they_were_trained_to(scripts, world, tmp_path, name):
+    ended = line_for("sft", world, tmp_path / "start", "--max_steps", "1")
+    ended[ended.index("--end_items") + 1] = "true"
+    run(scripts["sft"], ended)
+    words = line_for(name, world, tmp_path / "out", "--max_steps", "1", model=tmp_path / "start")
+    kept = []
+    trainer = {"dpo": "SoftmaxDPOTrainer", "grpo": "ItemGRPOTrainer"}[name]
+    original = getattr(scripts[name], trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts[name], trainer, lambda *args, **more: kept.append(original(*args, **more)) or kept[0])
+        run(scripts[name], words)
+    eos = load_artifact(tmp_path / "start").tokenizer.eos_token_id
+    if name == "grpo":
+        assert kept[0].args.answer_eos
+    else:
+        pairs = load_pairs(tmp_path / "out-pairs.parquet")
+        assert {ids[-1] for ids in pairs["chosen_ids"]} == {eos}
 
 
 def test_windows_of_preferences_from_the_line(scripts, world, tmp_path, monkeypatch):
@@ -226,6 +316,10 @@ def test_refusals_before_hours_of_training(scripts, world, tmp_path):
         run(dpo, line_for("dpo", world, tmp_path / "a", model=world / "base"))
     with pytest.raises(RequestError, match="--model is missing"):
         run(dpo, ["--output_dir", str(tmp_path / "a")])
+    with pytest.raises(RequestError, match="--shared has no effect on popularity negatives"):
+        run(dpo, line_for("dpo", world, tmp_path / "a", "--negatives", "popularity", "--shared", "1", "1"))
+    with pytest.raises(RequestError, match="--liked belongs to --negatives feedback, not random"):
+        run(dpo, line_for("dpo", world, tmp_path / "a", "--liked", "3"))
     with pytest.raises(RequestError, match="reward 'rul'"):
         run(grpo, line_for("grpo", world, tmp_path / "a", "--reward", '{"rul": 1}', model=world / "start"))
     with pytest.raises(RequestError, match="divisible"):
@@ -298,6 +392,7 @@ def test_help_shows_ours_and_hides_the_crowd(scripts, name, capsys):
         scripts[name].parse_line(["--help"])
     text = capsys.readouterr().out
     assert "--config FILE.yaml" in text and "--lora_r" in text and "--dataset" in text
+    assert "-pairs.parquet" in text or name != "dpo"
     assert "--torchdynamo" not in text and "--hub_token" not in text and len(text.splitlines()) < 330
 
 

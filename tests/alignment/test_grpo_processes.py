@@ -1,4 +1,4 @@
-"""Two processes over gloo train as one does: GRPO and the preference mixture, at equal global batch."""
+"""Two processes over gloo train as one does: GRPO, the preference mixture and its iterations, at equal global batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from hf_genrec.artifacts import verify_manifest
 
 DRIVER = Path(__file__).with_name("grpo_driver.py")
 
@@ -34,8 +36,10 @@ def run(folder: Path, processes: int, *sizes: int) -> dict[str, list[list[float]
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     one, two = run(tmp_path / "one", 1, 8, 4), run(tmp_path / "two", 2, 4, 2)
-    assert one.keys() == two.keys() and len(one) == 4
+    assert one.keys() == two.keys() and len(one) == 5
     for name in one:
         assert len(one[name]) == len(two[name]) > 1
         for mine, other in zip(one[name], two[name]):
             assert mine == pytest.approx(other, rel=1e-3, abs=1e-4), name
+    assert [path.name for path in (tmp_path / "two" / "rounds").iterdir()] == ["iteration-2"]
+    verify_manifest(tmp_path / "two" / "rounds" / "iteration-2")

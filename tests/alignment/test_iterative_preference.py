@@ -18,9 +18,11 @@ from hf_genrec.alignment.self_preference import RewardPairs, SampledPairs, prefi
 from hf_genrec.alignment.trainers import iterative_preference
 from hf_genrec.alignment.trainers.iterative_preference import IterativePreferenceTrainer, target_nll
 from hf_genrec.alignment.trainers.mixed_preference import MixedPreferenceConfig, Seq2SeqMixedPreferenceConfig
+from hf_genrec.data.sequences import Sequences
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import TrainingError
 from hf_genrec.generation.recommend import recommend
+from hf_genrec.recipes.stages import staged
 
 TOKENIZER = catalogue()
 PAST, CHOSEN = histories(40, seed=1)
@@ -108,6 +110,21 @@ def test_rewards_that_say_nothing_or_nonsense():
     assert found.rows.tolist() == [row for row in range(40) if len(PAST[row]) > 3]
     with pytest.raises(TrainingError, match="share=0"):
         RewardPairs(half, share=0)
+
+
+def test_requests_with_too_few_candidates_left_get_no_pair(caplog):
+    """13 of 16 items seen and 8 candidates asked for; items of a shared code count once, with their last unseen one."""
+    tokenizer = catalogue(16, shared=2)  # 14 codes: items 14 and 15 are those of 0 and 1 again
+    model = tiger(tokenizer).eval()
+    past = Sequences.from_rows([list(range(13)), [3, 4], [0, 1, 2, 3, 4, 5, 6, 7], [14, 15, 2, 3, 4, 5, 0]])
+    rows = EvaluationSet(np.arange(4), past, np.array([13, 5, 8, 6]))
+    found = RewardPairs(likes_high_numbers, num_candidates=8, share=1.0)(model, tokenizer, rows)
+    assert found.rows.tolist() == [1, 2, 3] and found.summary["requests"] == 3
+    assert "1 of 4 requests" in caplog.text and "num_candidates=8" in caplog.text
+    with pytest.raises(TrainingError, match=r"1 of 1 requests .* lower num_candidates"):
+        RewardPairs(likes_high_numbers, num_candidates=8, share=1.0)(model, tokenizer, rows.take(np.array([0])))
+    kept = RewardPairs(likes_high_numbers, num_candidates=8, share=1.0, exclude_seen=False)(model, tokenizer, rows)
+    assert kept.rows.tolist() == [0, 1, 2, 3]
 
 
 def test_stages_have_exactly_the_prescribed_prefixes():
@@ -225,6 +242,36 @@ def test_resumes_between_iterations_with_the_same_bits(tmp_path, kind):
     assert same(state(whole.model), state(again.model))
     drop = lambda entry: {name: value for name, value in entry.items() if name != "seconds"}
     assert list(map(drop, resumed)) == list(map(drop, history))
+
+
+class Bystander:
+    """PartialState of a process that is not the main one."""
+
+    is_main_process, waits = False, 0
+
+    def wait_for_everyone(self):
+        Bystander.waits += 1
+
+
+def test_processes_beside_the_main_one_write_and_remove_nothing(tmp_path, monkeypatch):
+    driver_of("seq2seq", tmp_path / "w", iterations=1, num_train_epochs=1).train()
+    shutil.copytree(tmp_path / "w" / "iteration-1", tmp_path / "p" / "iteration-1")
+    before = sorted((tmp_path / "p").rglob("*"))
+    monkeypatch.setattr(iterative_preference, "PartialState", Bystander)
+    driver = driver_of("seq2seq", tmp_path / "p", iterations=2, num_train_epochs=1)
+    assert len(driver.train(resume=True).history) == 2
+    after = [path for path in sorted((tmp_path / "p").rglob("*")) if "running" not in path.parts]
+    assert after == before and Bystander.waits >= 5
+
+    monkeypatch.setattr(staged, "PartialState", Bystander)
+    Bystander.waits = 0
+    (tmp_path / "s" / "running").mkdir(parents=True)
+    staged._store(tmp_path / "s", driver.model, TOKENIZER, {})
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["running"] and Bystander.waits == 2
+    monkeypatch.undo()
+    staged._store(tmp_path / "s", driver.model, TOKENIZER, {"steps": 1})
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["finished"]
+    assert staged._finished(tmp_path / "s", driver.model, TOKENIZER)[2] == {"steps": 1}
 
 
 def test_a_collaborative_reward_and_stage_wise_preferences_run_on_both_kinds(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from preference_cases import catalogue, histories, tiger
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_genrec.alignment.negatives import (
     BeamNegatives,
@@ -14,10 +15,16 @@ from hf_genrec.alignment.negatives import (
     PrefixNegatives,
     RandomNegatives,
     code_groups,
+    named_sampler,
     shared_prefix,
 )
+from hf_genrec.alignment.self_preference import RewardPairs
 from hf_genrec.data.sequences import Sequences
-from hf_genrec.errors import TrainingError
+from hf_genrec.data.splits import EvaluationSet
+from hf_genrec.errors import RequestError, TrainingError
+from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.recommend import recommend
+from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 
 
 def samplers(tokenizer):
@@ -157,8 +164,6 @@ def test_self_play_at_a_prefix_length():
 
 
 def test_beam_of_a_model_that_is_not_ours():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = catalogue()
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -167,6 +172,53 @@ def test_beam_of_a_model_that_is_not_ours():
     rejected = BeamNegatives(model, tokenizer, num_beams=10)(rows, chosen, 3)
     assert (rejected >= 0).all()
     assert model.training  # left as it was
+
+
+def level_wins() -> tuple[ItemTokenizer, LlamaForCausalLM, np.ndarray]:
+    """Two levels of two codes, a Llama whose logits follow from the last token alone, and its orders of all four items:
+    by the whole vocabulary (a word leads behind `a_0`, so that items 3 and 2 come first), and by each level (1 and 0).
+    """
+    tokenizer = ItemTokenizer.from_codes([f"i{i}" for i in range(4)], [[0, 0], [0, 1], [1, 0], [1, 1]], (2, 2))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 1, tie_word_embeddings=False, **sizes)).eval()
+    first, second = (int(offset) for offset in tokenizer.level_offsets)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1.0)
+        # every token is a direction of its own: the block adds nothing, the norm makes its length sqrt(8)
+        for place, token in enumerate((first, first + 1, second, second + 1)):
+            model.model.embed_tokens.weight[token, place] = 1.0
+        head = model.lm_head.weight
+        head[first, 2:4] = 0.5  # behind an item: a_0 before a_1
+        head[second, :2] = -0.2  # b_0 behind b_1
+        head[len(tokenizer), 0] = 3.0  # behind a_0 a word takes nearly everything
+    orders = {}
+    for restrict in (False, True):
+        found = recommend(
+            model, [["i1"]], tokenizer=tokenizer, k=4, num_beams=4, exclude_seen=False, restrict_to_level=restrict
+        )
+        orders[restrict] = [int(one.item_id[1:]) for one in found[0]]
+    return tokenizer, model, np.array([orders[False], orders[True]])
+
+
+@pytest.mark.parametrize("restrict", [False, True])
+def test_the_models_own_answers_are_those_it_is_served_with(restrict):
+    """Beams and candidates of a stock model follow its recommendation_config, unless told otherwise."""
+    tokenizer, model, orders = level_wins()
+    assert orders.tolist() == [[3, 2, 1, 0], [1, 0, 3, 2]]
+    model.recommendation_config = RecommendationConfig(restrict_to_level=restrict)
+    rows = EvaluationSet(np.arange(1), Sequences.from_rows([[1]]), np.array([2]))
+    left = [item for item in orders[int(restrict)] if item not in (1, 2)]
+    assert BeamNegatives(model, tokenizer, num_beams=4)(rows.histories, rows.targets, 2).tolist() == [left]
+    forced = BeamNegatives(model, tokenizer, num_beams=4, restrict_to_level=not restrict)
+    assert forced(rows.histories, rows.targets, 2).tolist() == [[i for i in orders[int(not restrict)] if i in left]]
+    made = named_sampler("beam", tokenizer, np.ones(4), model=model, num_negatives=2)
+    assert made(rows.histories, rows.targets, 1).tolist() == [left[:1]]
+    seen = []
+    reward = lambda past, items_BN: seen.append(items_BN.tolist()) or items_BN * 1.0
+    RewardPairs(reward, num_candidates=2, share=1.0)(model, tokenizer, rows)
+    assert seen == [[[item for item in orders[int(restrict)] if item != 1][:2]]]
 
 
 def test_feedback_takes_all_of_the_users_row():
@@ -181,6 +233,41 @@ def test_feedback_takes_all_of_the_users_row():
     assert (filled >= 0).all() and set(filled[0, :2].tolist()) == {1, 3} and filled[3, 0] == 5
     with pytest.raises(TrainingError, match="users="):
         sampler(rows, chosen, 3)
+
+
+def test_self_play_by_name_fills_up_in_its_range_and_then_anywhere():
+    tokenizer = catalogue(num_items=50)
+    model = tiger(tokenizer).eval()
+    rows, chosen = histories(10, num_items=50)
+    lengths_of = lambda row: shared_prefix(
+        tokenizer.codes[rejected[row]], np.tile(tokenizer.codes[chosen[row]], (4, 1))
+    ).tolist()
+    rejected = named_sampler("self_play", tokenizer, np.ones(50), model=model, shared=[2, 2])(rows, chosen, 4)
+    for row in range(10):  # at most three others share two codes
+        lengths = lengths_of(row)
+        near = sum(
+            shared_prefix(tokenizer.codes[[item]], tokenizer.codes[[chosen[row]]])[0] == 2
+            for item in set(range(50)) - {*rows[row].tolist(), int(chosen[row])}
+        )
+        assert lengths[:near] == [2] * near and near < 4 and all(length != 2 for length in lengths[near:])
+    rejected = named_sampler("self_play", tokenizer, np.ones(50), model=model)(rows, chosen, 4)
+    assert all(1 <= length <= 2 for row in range(10) for length in lengths_of(row))
+
+
+def test_what_a_name_would_ignore_is_refused():
+    tokenizer, counts = catalogue(), np.ones(64)
+    for name in ("random", "popularity", "feedback"):
+        with pytest.raises(RequestError, match=rf"shared \[1, 2\] has no effect on {name} negatives"):
+            named_sampler(name, tokenizer, counts, shared=[1, 2], rejected_by_user=Sequences.from_rows([[1]]))
+    for name in ("prefix", "beam", "self_play"):
+        named_sampler(name, tokenizer, counts, shared=[1, 2], model=tiger(tokenizer))
+    with pytest.raises(RequestError, match="rejected_by_user"):
+        named_sampler("feedback", tokenizer, counts)
+    low = Sequences.from_rows([[1, 2, 3], []])
+    rejected = named_sampler("feedback", tokenizer, counts, rejected_by_user=low)(
+        Sequences.from_rows([[2], [0]]), np.array([9, 9]), 3, users=np.array([0, 1])
+    )
+    assert [sorted(set(row.tolist()) - {-1}) for row in rejected] == [[1, 3], []]
 
 
 def test_bad_input():

@@ -11,7 +11,7 @@ from preference_cases import catalogue
 
 from hf_genrec.alignment.negatives import FeedbackNegatives, RandomNegatives
 from hf_genrec.alignment.pair_datasets import item_dataset, load_pairs, save_pairs, text_dataset
-from hf_genrec.alignment.pairs import Feedback, PreferencePairs, make_pairs, next_items
+from hf_genrec.alignment.pairs import Feedback, PreferencePairs, feedback_rows, make_pairs, next_items
 from hf_genrec.data.interactions import load_data
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.data.splits import make_split
@@ -126,6 +126,44 @@ def test_feedback_tiers_without_a_look_at_the_test():
     assert [row.tolist() for row in liked.histories] == [[0], [0, 2]] and liked.targets.tolist() == [2, 4]
     made = make_pairs(liked, FeedbackNegatives(usable.tier(below=4), 7), 2)
     assert [sorted(row) for row in made.rejected.tolist()] == [[1, 3], [1, 3]] and made.users.tolist() == [0, 0]
+
+
+def rated(**columns):
+    """u: a5 b1 c5 d3 e5 | f4 g5, v: a4 b- c2 d5 | e2 f5, ratings behind the items, the last two held out."""
+    log = {
+        "user_id": ["u"] * 7 + ["v"] * 6,
+        "item_id": list("abcdefg") + list("abcdef"),
+        "rating": [5.0, 1, 5, 3, 5, 4, 5, 4, None, 2, 5, 2, 5],
+        "kind": ["x"] * 13,
+        "timestamp": [*range(7), *range(6)],
+    } | columns
+    data = load_data(log, min_user=0, min_item=0, extra_columns=["rating", "kind", "watched"])
+    return data, make_split(data)
+
+
+def test_feedback_of_the_data_gives_rows_and_rejected_items():
+    data, split = rated()
+    rows, held_out, rejected = feedback_rows(data, split)
+    assert [row.tolist() for row in rows.histories] == [[0], [0, 2], [0]]
+    assert rows.targets.tolist() == [2, 4, 3] and rows.users.tolist() == [0, 0, 1]
+    assert [row.tolist() for row in rejected] == [[1, 3], [2]]  # v's e, rated 2, is held out, and b has no rating
+    assert held_out.users.tolist() == [0] and held_out.targets.tolist() == [5]  # v did not like e
+    assert held_out.histories[0].tolist() == [0, 2, 4]
+    assert [row.tolist() for row in feedback_rows(data, split, disliked=3.0)[2]] == [[1], [2]]
+    made = make_pairs(rows, FeedbackNegatives(rejected, data.num_items), 2, allow_fewer=True)
+    assert [sorted(row) for row in made.rejected.tolist()] == [[1, 3], [1, 3], [-1, 2]]
+
+
+def test_feedback_that_the_data_has_not_is_named():
+    data, split = rated()
+    with pytest.raises(TrainingError, match=r"no column 'watched'.*kept columns: rating, kind.*extra_columns"):
+        feedback_rows(data, split, column="watched")
+    with pytest.raises(TrainingError, match=r"column 'kind' .* holds no numbers"):
+        feedback_rows(data, split, column="kind")
+    with pytest.raises(TrainingError, match="liked=6, but column 'rating' goes from 1 to 5"):
+        feedback_rows(data, split, liked=6)
+    with pytest.raises(TrainingError, match="disliked=1, but column"):
+        feedback_rows(data, split, disliked=1)
 
 
 def test_too_few_items():

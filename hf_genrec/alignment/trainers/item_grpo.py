@@ -33,10 +33,12 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model, pad
 
 from hf_genrec.alignment.rollouts import STRATEGIES, ItemRollouts, answer_tokens, check_prompts
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
@@ -51,6 +53,7 @@ from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .preference_loss import check_same_vocabulary
 from .shared_prompts import packed_answers
 
+_SEEDS_OF_A_DRAW = 1 << 20  # more than one process has prompts in a generation
 LOGPROBS = ("full", "level", "legal")
 _NEUTRAL = {
     "use_vllm": False, "use_transformers_continuous_batching": False, "top_p": 1.0, "top_k": 0, "min_p": None,
@@ -106,6 +109,22 @@ class ItemGRPOConfig(GuardOptions, GRPOConfig):
                 )
         if self.mask_truncated_completions and not self.answer_eos:
             raise TrainingError("mask_truncated_completions would mask every item: set answer_eos, or leave it out.")
+
+
+class DrawCounter(TrainerCallback, ExportableState):
+    """How often rollouts were drawn in training and in evaluation; a checkpoint keeps it, so that a resumed run goes on."""
+
+    def __init__(self) -> None:
+        self.train = self.eval = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"train": self.train, "eval": self.eval}}
+
+    def next(self, mode: str) -> int:
+        """Number of this draw: even in training, odd in evaluation, which so leaves training as it is."""
+        count = getattr(self, mode)
+        setattr(self, mode, count + 1)
+        return 2 * count + int(mode == "eval")
 
 
 class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
@@ -164,6 +183,7 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
             served = recommendation_config_of(base)
             args.logprobs = "level" if served.restrict_to_level else "legal" if served.renormalize else "full"
         self._rollouts = self._search(args, processing_class, size)
+        evaluated = self._search(args, processing_class, int(args.num_generations_eval or size))
         self._trie = ItemTrie.from_tokenizer(processing_class)
         self._pending: list[dict[str, Any]] | None = None
         self._drawn: torch.Tensor | None = None
@@ -185,10 +205,10 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
                     model=model,
                     reward_funcs=list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs],
                     args=args,
-                    train_dataset=self._prepared(train_dataset, processing_class, "train"),
-                    eval_dataset=self._prepared(eval_dataset, processing_class, "eval"),
+                    train_dataset=self._prepared(train_dataset, processing_class, "train", self._rollouts),
+                    eval_dataset=self._prepared(eval_dataset, processing_class, "eval", evaluated),
                     processing_class=processing_class,
-                    callbacks=[*guard_callbacks(args), *(callbacks or [])],
+                    callbacks=[*guard_callbacks(args), DrawCounter(), *(callbacks or [])],
                     **kwargs,
                 )
         finally:
@@ -214,14 +234,23 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         )
 
     @staticmethod
-    def _prepared(dataset: Any, tokenizer: Any, name: str) -> Any:
+    def _prepared(dataset: Any, tokenizer: Any, name: str, search: ItemRollouts) -> Any:
         if dataset is None:
             return None
         prompts = ("prompt",) if "prompt" in (dataset.column_names or ()) else ("prompt_ids",)
         check_prompts(dataset, tokenizer, name, (*prompts, "target"))
+        dataset = search.usable_prompts(dataset, name)
         if prompts == ("prompt_ids",):  # TRL wants a text to show
             dataset = dataset.map(lambda row: {"prompt": tokenizer.decode(row["prompt_ids"])})
         return dataset
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, with an order that follows from (seed, epoch): a run resumed in a later epoch has that epoch's."""
+        sampler: Any = super()._get_train_sampler(dataset)
+        shuffled = isinstance(sampler, RepeatSampler) and sampler.shuffle
+        if shuffled:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        return sampler
 
     def _adopt(self, reference: Any) -> None:
         """Make the reference what TRL's would be: frozen, without dropout, with the fused head, on the device."""
@@ -294,6 +323,7 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         padding = {"padding_side": "left", "padding_value": self._tokenizer.pad_token_id}
         ids = [torch.tensor(prompt_ids[start]) for start in first]
         device = self.accelerator.device
+        mode = "train" if policy.training else "eval"
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
@@ -306,19 +336,19 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
                 pad([torch.ones_like(row) for row in ids], padding_side="left", padding_value=0).to(device),
                 targets=[int(rows[start]["target"]) for start in first],
                 histories=[np.asarray(rows[start]["history"]) for start in first] if "history" in rows[0] else None,
-                seed=self._draw_seed(len(first)),
+                seed=self._draw_seed(mode),
             )
         self._drawn = items_BG
         targets_B = torch.tensor([int(rows[start]["target"]) for start in first], device=device)
         hits_B = (items_BG == targets_B.unsqueeze(1)).any(dim=1).float()
-        mode = "train" if policy.training else "eval"
         self._metrics[mode]["rollouts/hit"].append(self.accelerator.gather(hits_B).mean().item())
         return answer_tokens(self.processing_class, items_BG.flatten().tolist(), eos=self.args.answer_eos), None
 
-    def _draw_seed(self, prompts: int) -> int:
-        """A number of its own for every draw of the run, the same after resuming."""
-        draw = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
-        return draw * max(prompts, self.args.generation_batch_size or 1)
+    def _draw_seed(self, mode: str) -> int:
+        """The first of this draw's own seeds, of which prompt b takes the b-th; the same after resuming."""
+        counter = next(one for one in self.callback_handler.callbacks if isinstance(one, DrawCounter))
+        draw = counter.next(mode) * self.accelerator.num_processes + self.accelerator.process_index
+        return draw * _SEEDS_OF_A_DRAW
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         assert self._drawn is not None

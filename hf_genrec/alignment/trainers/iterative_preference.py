@@ -14,7 +14,7 @@ before all iterations, or the negative log-likelihood of the targets rises by mo
 to M_t and the run stops with a message that says why.
 
 Every finished iteration leaves `<output_dir>/iteration-T` (model or adapter, tokenizer, history), written whole or not at
-all; a resumed run goes on behind the newest of them.
+all; a resumed run goes on behind the newest of them. Of several processes the main one writes, and the others wait.
 
 *Relations*: one iteration of SampledPairs with `ntp_weight=0` is S-DPO. With `dpo_weight=0` it is supervised training.
 """
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -183,7 +184,7 @@ class IterativePreferenceTrainer:
                 self._load(former)
                 report = self._validate()[0]
             self._store(iteration if stopped else iteration + 1, stopped)
-        shutil.rmtree(self.folder / "running", ignore_errors=True)
+        self._remove(self.folder / "running")
         self.model.eval()
         return IterativeResult(self.history, first_report, report, stopped)
 
@@ -194,7 +195,7 @@ class IterativePreferenceTrainer:
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(self.folder / "running"), self.args.seed + iteration
         set_seed(args.seed)  # an iteration is repeatable by itself: resuming behind another gives the same bits
-        shutil.rmtree(args.output_dir, ignore_errors=True)
+        self._remove(Path(args.output_dir))
         kind: Any = Seq2SeqMixedPreferenceTrainer if self._seq2seq else MixedPreferenceTrainer
         trainer = kind(self.model, args=args, train_dataset=dataset, processing_class=self.tokenizer)
         try:
@@ -307,13 +308,25 @@ class IterativePreferenceTrainer:
         return 0
 
     def _store(self, done: int, stopped: str) -> None:
-        state = {"history": self.history, "stopped": stopped}
-        with _no_file_bars(), staged_folder(self.folder / f"iteration-{done}") as folder:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        processes = PartialState()
+        if processes.is_main_process:
+            state = {"history": self.history, "stopped": stopped}
+            with _no_file_bars(), staged_folder(self.folder / f"iteration-{done}") as folder:
+                self.model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+                (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        processes.wait_for_everyone()
         if done:  # the newest is all that a resumed run needs
-            shutil.rmtree(self.folder / f"iteration-{done - 1}", ignore_errors=True)
+            self._remove(self.folder / f"iteration-{done - 1}")
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        """Remove a folder that no process uses any more, and go on when it is gone."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        processes.wait_for_everyone()
 
     def _restore(self) -> tuple[int, str]:
         """Load the newest whole iteration: how many are done, and why that run stopped."""

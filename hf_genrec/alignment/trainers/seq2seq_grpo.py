@@ -155,8 +155,6 @@ class Seq2SeqGRPOTrainer(RecommenderTrainer):
         model, ref_model = policy_and_reference(
             model, ref_model, processing_class, peft_config, copied=args.beta > 0, otherwise="ItemGRPOTrainer"
         )
-        if train_dataset is not None:
-            check_prompts(train_dataset, processing_class, "train")
         self._search = ItemRollouts(
             processing_class,
             args.num_generations,
@@ -167,6 +165,9 @@ class Seq2SeqGRPOTrainer(RecommenderTrainer):
             temperature=args.temperature,
             seed=args.seed,
         )
+        if train_dataset is not None:
+            check_prompts(train_dataset, processing_class, "train")
+            train_dataset = self._search.usable_prompts(train_dataset, "train")
         self._meter: dict[str, list[torch.Tensor]] = defaultdict(list)
         super().__init__(
             model=model,

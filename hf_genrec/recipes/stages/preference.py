@@ -5,19 +5,31 @@ For language models with item tokens and for encoder-decoders alike; both come h
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
 
-from hf_genrec.alignment.negatives import NEGATIVES, named_sampler
-from hf_genrec.alignment.pair_datasets import cut_at_windows, item_dataset
-from hf_genrec.alignment.pairs import make_pairs, next_items
+from hf_genrec.alignment.negatives import named_sampler
+from hf_genrec.alignment.pair_datasets import cut_at_windows, item_dataset, save_pairs
+from hf_genrec.alignment.pairs import make_pairs, next_items, training_values
 from hf_genrec.errors import RecipeError
 from hf_genrec.evaluation.evaluator import training_counts
 from hf_genrec.recipes.stages.causal_lm import options_of, trainer_config
 from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
+from hf_genrec.recipes.stages.preference_checks import (
+    FEEDBACK,
+    check_grpo,
+    check_iterative_preference,
+    check_softmax_dpo,
+    chosen_rows,
+    pairs_path,
+)
 
-REWARDS = ("rule", "rank", "rule_and_rank", "semantic", "collaborative")
+_REWARD_EPOCHS, _REWARD_LEARNING_RATE, _REWARD_BATCH = 3, 5e-3, 256
 
 
 def softmax_dpo(
@@ -31,23 +43,33 @@ def softmax_dpo(
     pairs: int | None = None,
     targets: str = "all",
     batches_of_beams: int = 64,
+    feedback_column: str | None = None,
+    liked: float | None = None,
+    disliked: float | None = None,
 ) -> MethodResult:
     """S-DPO (arXiv 2406.09215): what users chose next against items that they did not; one negative is DPO.
 
+    The pairs are kept as Parquet beside the artefact: `<output_dir>-pairs.parquet`, of a stage
+    `<output_dir>-stage-N-pairs.parquet`.
+
     Args:
         num_negatives: K.
-        negatives: "random", "popularity", "beam" (the model's own best answers) or "prefix" (`shared` leading codes).
-        shared: least and most leading codes in common with the chosen item, for "beam" and "prefix".
+        negatives: "random", "popularity", "beam" (the model's own best answers), "prefix" (`shared` leading codes), "self_play"
+            (the model's own best answers of `shared` leading codes) or "feedback" (what the user rated low).
+        shared: least and most leading codes in common with the chosen item, for "beam", "prefix" and "self_play".
         beta: pull towards the reference, the model as it comes.
         sft_weight: weight of the next-token loss of the chosen answer.
         pairs: a random part of about so many pairs; default all.
         targets: "all", or "last": the newest item of each user alone.
-        batches_of_beams: users searched together for "beam".
+        batches_of_beams: users searched together for "beam" and "self_play".
+        feedback_column: "feedback": column of the data (`data.extra_columns`) that says what users liked; default "rating".
+        liked: "feedback": chosen items have a value of at least so much; default 4.
+        disliked: "feedback": rejected items have a value below; default `liked`.
     """
-    if negatives not in NEGATIVES:
-        raise RecipeError(f"training.method_options.negatives: {negatives!r}: choose one of {', '.join(NEGATIVES)}.")
+    given: dict[str, Any] = {"feedback_column": feedback_column, "liked": liked, "disliked": disliked}
+    check_softmax_dpo(job, {"negatives": negatives, "shared": shared, **given})
     split, tokenizer = job.context.split, job.tokenizer
-    rows = next_items(split.train, targets=targets)  # type: ignore[arg-type]
+    rows, held_out, rejected = chosen_rows(job.context.data, split, negatives, targets, **given)
     window = _window(job)
     rows = part_of_rows(rows, pairs, job.args.seed, window=window)
     sampler = named_sampler(
@@ -60,37 +82,54 @@ def softmax_dpo(
         model=job.model,
         batch_size=batches_of_beams,
         max_history=job.args.max_history,
+        rejected_by_user=rejected,
     )
-    made = make_pairs(rows, sampler, num_negatives, allow_fewer=True)
-    dataset = item_dataset(
-        made,
-        tokenizer,
-        before=getattr(tokenizer, "history_before", ""),
-        after=getattr(tokenizer, "history_after", ""),
-        max_history=job.args.max_history,
-        window=window,
-    )
+
+    def dataset_of(rows: Any, window: int | None) -> Any:
+        return item_dataset(
+            make_pairs(rows, sampler, num_negatives, allow_fewer=True),
+            tokenizer,
+            before=getattr(tokenizer, "history_before", ""),
+            after=getattr(tokenizer, "history_after", ""),
+            max_history=job.args.max_history,
+            answer_eos=_answer_eos(job),
+            window=window,
+        )
+
+    dataset, evaluated = dataset_of(rows, window), _eval_strategy(job)
+    path = pairs_path(job.args.output_dir)
+    if PartialState().is_main_process:
+        save_pairs(dataset, path)
+    if job.context.progress:
+        print(f"{len(dataset):,} preference pairs of {len(rows):,} rows, kept in {path}", flush=True)
     summary = {"method": "softmax_dpo", "pairs": len(dataset), "negatives": negatives, "beta": beta}
+    summary |= {"left_out": len(rows) - len(dataset), "pairs_file": path.name}
     if job.model.config.is_encoder_decoder:
         from hf_genrec.alignment.trainers.seq2seq_preference import Seq2SeqPreferenceConfig, Seq2SeqPreferenceTrainer
 
-        args = trainer_config(Seq2SeqPreferenceConfig, job, beta=beta, sft_weight=sft_weight, eval_strategy="no")
-        trainer: Any = Seq2SeqPreferenceTrainer(job.model, None, args, dataset, processing_class=tokenizer)
+        args = trainer_config(Seq2SeqPreferenceConfig, job, beta=beta, sft_weight=sft_weight, eval_strategy=evaluated)
+        ranked = None if evaluated == "no" else split.validation
+        trainer: Any = Seq2SeqPreferenceTrainer(job.model, None, args, dataset, ranked, processing_class=tokenizer)
         return _finished(job, trainer, summary)
     from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 
     losses: dict[str, Any] = {"loss_type": ["sigmoid"]}
     if sft_weight:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, sft_weight]}
-    args = trainer_config(SoftmaxDPOConfig, job, beta=beta, eval_strategy="no", max_length=None, **losses)
-    trainer = SoftmaxDPOTrainer(_adapted(job), None, args, train_dataset=dataset, processing_class=tokenizer)
+    args = trainer_config(SoftmaxDPOConfig, job, beta=beta, eval_strategy=evaluated, max_length=None, **losses)
+    asked = (
+        None if evaluated == "no" else dataset_of(part_of_rows(with_history(held_out), job.args.eval_users, 0), None)
+    )
+    trainer = SoftmaxDPOTrainer(
+        _adapted(job), None, args, train_dataset=dataset, eval_dataset=asked, processing_class=tokenizer
+    )
     return _finished(job, trainer, summary)
 
 
 def grpo(
     job: TrainingJob,
     *,
-    reward: str = "rule_and_rank",
+    reward: str | dict[str, float] = "rule_and_rank",
     reward_features: str | None = None,
     num_generations: int = 16,
     beta: float = 1e-3,
@@ -105,7 +144,8 @@ def grpo(
 
     Args:
         reward: "rule" (the target 1, else 0), "rank" (misses cost more the higher they stand), "rule_and_rank",
-            "semantic" (cosine of the vectors of `reward_features`) or "collaborative" (scores of a SASRec).
+            "semantic" (cosine of the vectors of `reward_features`), "collaborative" (scores of a SASRec), or a mapping of
+            these to weights.
         reward_features: block of the recipe's features.
         num_generations: rollouts of a prompt.
         beta: weight of the KL term.
@@ -118,17 +158,20 @@ def grpo(
     """
     from hf_genrec.alignment.rollouts import item_prompts
 
-    split, tokenizer = job.context.split, job.tokenizer
+    check_grpo(job, {"reward": reward, "sft_weight": sft_weight, "logprobs": logprobs})
+    split, tokenizer, evaluated = job.context.split, job.tokenizer, _eval_strategy(job)
     rows = part_of_rows(next_items(split.train, targets=targets), prompts, job.args.seed)  # type: ignore[arg-type]
     dataset = item_prompts(rows, tokenizer, max_history=job.args.max_history)
     function = _reward(job, reward, reward_features)
-    shared = {"num_generations": num_generations, "beta": beta, "rollouts": rollouts, "add_target": add_target}
+    shared: dict[str, Any] = {"num_generations": num_generations, "beta": beta, "rollouts": rollouts}
+    shared["add_target"] = add_target
     summary = {"method": "grpo", "prompts": len(dataset), "reward": reward, "num_generations": num_generations}
     if job.model.config.is_encoder_decoder:
         from hf_genrec.alignment.trainers.seq2seq_grpo import Seq2SeqGRPOConfig, Seq2SeqGRPOTrainer
 
-        args = trainer_config(Seq2SeqGRPOConfig, job, sft_weight=sft_weight, eval_strategy="no", **shared)
-        trainer: Any = Seq2SeqGRPOTrainer(job.model, function, args, dataset, processing_class=tokenizer)
+        args = trainer_config(Seq2SeqGRPOConfig, job, sft_weight=sft_weight, eval_strategy=evaluated, **shared)
+        ranked = None if evaluated == "no" else split.validation
+        trainer: Any = Seq2SeqGRPOTrainer(job.model, function, args, dataset, ranked, processing_class=tokenizer)
         return _finished(job, trainer, summary)
     from hf_genrec.alignment.trainers.item_grpo import ItemGRPOConfig, ItemGRPOTrainer
 
@@ -138,9 +181,15 @@ def grpo(
             f"grpo: per_device_train_batch_size x gradient_accumulation_steps is {rows_per_step} rollouts, which is no multiple "
             f"of num_generations {num_generations}: change one of them."
         )
-    eos = bool(getattr(options_of(job.recipe), "end_items", False))
-    args = trainer_config(ItemGRPOConfig, job, logprobs=logprobs, answer_eos=eos, eval_strategy="no", **shared)
-    trainer = ItemGRPOTrainer(_adapted(job), function, args, dataset, processing_class=tokenizer)
+    asked = None
+    if evaluated != "no":
+        held_out = part_of_rows(with_history(split.validation), job.args.eval_users, 0)
+        asked = item_prompts(held_out, tokenizer, max_history=job.args.max_history)
+        if "per_device_eval_batch_size" not in job.recipe.training:  # rollouts, as in training
+            shared["per_device_eval_batch_size"] = num_generations
+    eos = _answer_eos(job)
+    args = trainer_config(ItemGRPOConfig, job, logprobs=logprobs, answer_eos=eos, eval_strategy=evaluated, **shared)
+    trainer = ItemGRPOTrainer(_adapted(job), function, args, dataset, asked, processing_class=tokenizer)
     return _finished(job, trainer, summary)
 
 
@@ -156,24 +205,48 @@ def iterative_preference(
     requests: int | None = 2000,
     max_drop: float = 0.2,
     targets: str = "all",
+    pairs: str = "reward",
+    reward: str | None = None,
+    feedback: dict[str, float] | None = None,
+    num_negatives: int | None = None,
 ) -> MethodResult:
-    """OneRec's iterative preference alignment (arXiv 2502.18965) with the scores of a SASRec as reward.
+    """Preferences in rounds: OneRec's by a reward (arXiv 2502.18965), or Align3GR's prefix self-play (arXiv 2511.11255).
 
     Args:
         iterations: rounds, each against the model of the round before; a time budget is shared out among them.
-        share: part of the requests that gets a pair of the model's own best and worst answers.
+        share: part of the requests that gets a pair.
         num_candidates: beams of a request.
         beta, ntp_weight, dpo_weight: of the loss, see `IterativePreferenceTrainer`.
         requests: drawn for the next-token loss in each round.
         max_drop: largest loss of validation NDCG@10, as a part of it; more stops the run.
         targets: "all", or "last".
+        pairs: "reward", the model's own best answer against its worst; or "self_play", the target against the model's own
+            answers that share no code with it, then some, then all but one, from round to round.
+        reward: of "reward": "collaborative" (scores of a SASRec, the default) or "feedback" (towers trained on `feedback`).
+        feedback: columns of the data (`data.extra_columns`) and the least value that counts as a yes; default {rating: 4}.
+        num_negatives: rejected items of a pair of "self_play"; default 20, as in the paper.
     """
-    from hf_genrec.alignment.rewards import CollaborativeReward
-    from hf_genrec.alignment.self_preference import RewardPairs
+    from hf_genrec.alignment.self_preference import RewardPairs, SampledPairs, self_play_stages
     from hf_genrec.alignment.trainers.iterative_preference import IterativePreferenceTrainer
     from hf_genrec.alignment.trainers.mixed_preference import MixedPreferenceConfig, Seq2SeqMixedPreferenceConfig
 
+    given = {"pairs": pairs, "reward": reward, "feedback": feedback, "num_negatives": num_negatives}
+    check_iterative_preference(job, given)
     split, tokenizer, model = job.context.split, job.tokenizer, job.model
+    maker: Any
+    if pairs == "self_play":
+        stages = self_play_stages(
+            tokenizer, num_beams=num_candidates, max_history=job.args.max_history, seed=job.args.seed
+        )
+        maker = SampledPairs(stages, num_negatives=num_negatives or 20, share=share, seed=job.args.seed)
+    else:
+        maker = RewardPairs(
+            _item_reward(job, reward or "collaborative", feedback),
+            num_candidates=num_candidates,
+            share=share,
+            max_history=job.args.max_history,
+            seed=job.args.seed,
+        )
     weights: dict[str, Any] = {"beta": beta, "ntp_weight": ntp_weight, "dpo_weight": dpo_weight, "eval_strategy": "no"}
     if job.args.max_train_seconds is not None:  # of the stage; every round is a training of its own
         weights["max_train_seconds"] = job.args.max_train_seconds / iterations
@@ -184,19 +257,14 @@ def iterative_preference(
         trained,
         tokenizer,
         next_items(split.train, targets=targets),  # type: ignore[arg-type]
-        RewardPairs(
-            CollaborativeReward(_sasrec_scores(job)),
-            num_candidates=num_candidates,
-            share=share,
-            max_history=job.args.max_history,
-            seed=job.args.seed,
-        ),
+        maker,
         args,
         iterations=iterations,
         validation=split.validation,
         max_drop=max_drop,
         requests_per_iteration=requests,
         max_history=job.args.max_history,
+        answer_eos=_answer_eos(job),
         train_counts=training_counts(split.train, job.context.num_items),
     )
     result = driver.train(resume=job.resume)
@@ -205,6 +273,21 @@ def iterative_preference(
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
+
+
+def with_history(rows: Any) -> Any:
+    """The rows of new users left out: a prompt needs a history."""
+    return rows.take(rows.histories.lengths > 0)
+
+
+def _eval_strategy(job: TrainingJob) -> str:
+    """When a stage evaluates: as the recipe says, and without a word not at all (a run in stages ranks after each)."""
+    return str(job.recipe.training.get("eval_strategy") or "no")
+
+
+def _answer_eos(job: TrainingJob) -> bool:
+    """Do answers end with the end token, as they were trained to?"""
+    return not job.model.config.is_encoder_decoder and bool(options_of(job.recipe).end_items)
 
 
 def part_of_rows(rows: Any, count: int | None, seed: int, *, window: int | None = None) -> Any:
@@ -248,10 +331,42 @@ def _finished(job: TrainingJob, trainer: Any, summary: dict[str, Any]) -> Method
     return MethodResult(model, job.tokenizer, summary | numbers)
 
 
-def _reward(job: TrainingJob, name: str, features: str | None) -> Any:
+def _item_reward(job: TrainingJob, name: str, feedback: dict[str, float] | None) -> Any:
+    """The reward of an iteration: a SASRec's scores, or OneRec's towers trained on the feedback of the training part."""
+    from hf_genrec.alignment.reward_model import FeedbackRows, ItemRewardModel, train_reward_model
+    from hf_genrec.alignment.rewards import CollaborativeReward
+
+    if name == "collaborative":
+        return CollaborativeReward(_sasrec_scores(job))
+    train, count = job.context.split.train, job.context.num_items
+    labels = {}
+    for column, bound in (feedback or FEEDBACK).items():
+        values = training_values(job.context.data, column, train)
+        labels[column] = np.where(np.isnan(values), np.nan, values >= bound)
+    torch.manual_seed(job.args.seed)
+    model = ItemRewardModel(count, list(labels), max_history=job.args.max_history)
+    args = TrainingArguments(
+        output_dir=str(Path(str(job.args.output_dir)) / "reward"),
+        num_train_epochs=_REWARD_EPOCHS,
+        learning_rate=_REWARD_LEARNING_RATE,
+        per_device_train_batch_size=_REWARD_BATCH,
+        save_strategy="no",
+        report_to="none",
+        seed=job.args.seed,
+        use_cpu=job.args.use_cpu,
+        disable_tqdm=job.args.disable_tqdm,
+    )
+    train_reward_model(model, FeedbackRows(train, labels, count, num_negatives=4, seed=job.args.seed), args)
+    return model
+
+
+def _reward(job: TrainingJob, name: str | dict[str, float], features: str | None) -> Any:
     from hf_genrec.alignment import rewards
 
     tokenizer = job.tokenizer
+    if isinstance(name, dict):
+        parts = [(float(weight), _reward(job, one, features)) for one, weight in name.items()]
+        return rewards.WeightedReward(parts, tokenizer=tokenizer)
     if name == "semantic":
         block = job.context.blocks.get(features or next(iter(job.context.blocks), ""))
         if block is None:
@@ -266,8 +381,6 @@ def _reward(job: TrainingJob, name: str, features: str | None) -> Any:
         "rank": rewards.RankReward,
         "rule_and_rank": rewards.rule_and_rank,
     }
-    if name not in made:
-        raise RecipeError(f"training.method_options.reward: {name!r}: choose one of {', '.join(REWARDS)}.")
     return made[name](tokenizer=tokenizer)
 
 

@@ -15,15 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from hf_genrec.artifacts import staged_folder, verify_manifest
-from hf_genrec.errors import ArtifactError, RecipeError
+from hf_genrec.errors import ArtifactError, GenRecError, RecipeError
 from hf_genrec.evaluation.bucket_comparison import compare_buckets
 from hf_genrec.evaluation.evaluator import evaluate, training_counts
 from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
 from hf_genrec.recipes.stages.preference import part_of_rows
+from hf_genrec.recipes.stages.preference_checks import CHECKS
 
 logger = logging.getLogger(__name__)
 KEYS = ("method", "options", "training", "share")
@@ -41,6 +43,12 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
     folder = Path(str(job.args.output_dir))
     model, tokenizer, summaries, before = job.model, job.tokenizer, [], None
     shares = [float(stage.get("share", 1.0)) for stage in stages]
+    for number, stage in enumerate(stages):  # all of them before the first one takes its hours
+        if stage["method"] in CHECKS:
+            try:
+                CHECKS[stage["method"]](job, stage.get("options") or {}, stage.get("training") or {})
+            except GenRecError as error:
+                raise type(error)(f"stage {number + 1} of {len(stages)}, {stage['method']}: {error}") from error
     for number, stage in enumerate(stages):
         name = stage["method"]
         place = folder / f"stage-{number + 1}-{name}"
@@ -131,14 +139,19 @@ def _ranked(job: TrainingJob, model: Any, tokenizer: Any, name: str) -> Any:
 
 
 def _store(place: Path, model: Any, tokenizer: Any, summary: dict[str, Any]) -> None:
-    with staged_folder(place / "finished") as staged:
-        model.save_pretrained(staged)
-        config = getattr(model, "recommendation_config", None)
-        if config is not None:
-            config.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        (staged / _RESULT).write_text(json.dumps(summary, default=str), encoding="utf-8")
-    shutil.rmtree(place / "running", ignore_errors=True)
+    """Written by the main process; the others wait for it."""
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody still reads the checkpoints
+    if processes.is_main_process:
+        with staged_folder(place / "finished") as staged:
+            model.save_pretrained(staged)
+            config = getattr(model, "recommendation_config", None)
+            if config is not None:
+                config.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            (staged / _RESULT).write_text(json.dumps(summary, default=str), encoding="utf-8")
+        shutil.rmtree(place / "running", ignore_errors=True)
+    processes.wait_for_everyone()
 
 
 def _finished(place: Path, model: Any, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]] | None:
