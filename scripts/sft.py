@@ -37,6 +37,7 @@ from hf_genrec.cli.script_start import data_section, recorded
 from hf_genrec.errors import IncompatibleComponentsError, RequestError
 from hf_genrec.evaluation.catalogue import align_to_catalogue
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
+from hf_genrec.generation.recommend import recommendation_config_of
 from hf_genrec.hub import load_artifact
 from hf_genrec.identifiers.collisions import COLLISION_POLICIES, resolve_collisions
 from hf_genrec.identifiers.extend import extend_tokenizer
@@ -259,6 +260,9 @@ def main(
         return None
 
     with run.stage("evaluation"):
+        untouched = build(load_base(script)[1])
+        untouched.recommendation_config = recommendation_config_of(trained)
+        untrained = run.rank(untouched, tokenizer, data, split, "before")
         reports = run.rank(trained, tokenizer, data, split, "sft")
         run.say(reports["test"])
 
@@ -280,6 +284,7 @@ def main(
         data,
         split,
         reports,
+        untrained,
         summary=summary | {"method": "sft", "rows_per_family": rows.counts},
         recipe=recipe,
         **quantizer,

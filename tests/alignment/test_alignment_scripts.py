@@ -80,6 +80,10 @@ def test_sft_writes_a_stock_model_that_ranks_as_its_metrics_say(world):
         "next_item": 40, "item_to_index": 8
     }  # fmt: skip
     assert artifact.recipe["data"] == {"min_user": 3, "min_item": 1} and artifact.recipe["model"]["base"] == "base"
+    for part in ("validation", "test"):  # beside the base model with fresh rows, searched in the same way
+        found = artifact.metrics["buckets"][part]
+        assert set(found["buckets"]) == {"head", "tail", "cold"} and found["before"] == "before"
+    assert found["all"]["before"] < found["all"]["after"] == artifact.metrics["test"]["ndcg@10"]
     assert not (world / "start-checkpoints").exists(), "checkpoints are removed"
     assert str(world) not in (world / "start" / "README.md").read_text(), "no path of this machine in the card"
 
@@ -110,6 +114,22 @@ def test_alignment_reports_buckets_before_and_after(scripts, world, tmp_path, na
         assert artifact.recipe["data"]["min_user"] == 3 and artifact.recipe["paper"][0] == "2311.09049"
     else:
         assert scripts[name].parse_line(words)[-1].max_history == 6, "the history length of the artefact"
+
+
+def test_what_got_worse_is_in_the_card(scripts, world, tmp_path, monkeypatch):
+    rank, warned = script_run.ScriptRun.rank, []
+
+    def ranked(self, model, tokenizer, data, split, name):
+        reports = rank(self, model, tokenizer, data, split, name)
+        for report in reports.values():
+            report.removed.ranks_M[:] = 1 if name == "before" else np.inf
+        return reports
+
+    monkeypatch.setattr(script_run.ScriptRun, "rank", ranked)
+    monkeypatch.setattr(script_run.logger, "warning", lambda text, *values: warned.append(text % values))
+    metrics = run(scripts["sft"], line_for("sft", world, tmp_path / "out", "--max_steps", "1"))
+    assert len(warned) == 2 and metrics["notes"] == warned
+    assert "got worse from before to sft" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_windows_of_preferences_from_the_line(scripts, world, tmp_path, monkeypatch):
