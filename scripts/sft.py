@@ -76,7 +76,7 @@ class ScriptArguments:
         default="counter", metadata={"help": "What happens to shared codes.", "choices": list(COLLISION_POLICIES)}
     )
     item_init: str = field(default="text", metadata={"help": "Start of the item tokens' rows.", "choices": list(INITS)})
-    tasks: dict[str, float] | str | None = field(
+    tasks: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Task families and weights: a mapping in YAML, JSON here. Default: next_item alone."},
     )
@@ -94,7 +94,8 @@ class ScriptArguments:
                 raise RequestError(f"--tasks is no JSON mapping ({error}): {self.tasks}") from error
         if self.tasks is None:
             self.tasks = {"next_item": 1.0}
-        weights = self.tasks.values() if isinstance(self.tasks, dict) else [None]
+        given = self.tasks.values() if isinstance(self.tasks, dict) else [None]
+        weights = [one.get("weight") if isinstance(one, dict) else one for one in given]
         if not all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in weights):
             raise RequestError(f"tasks must map families to weights, such as next_item: 1.0; got {self.tasks!r}.")
 
@@ -282,6 +283,9 @@ def main(
         return None
 
     with run.stage("evaluation"):
+        untouched = build(load_base(script)[1])
+        untouched.recommendation_config = recommendation_config_of(trained)
+        untrained = run.rank(untouched, tokenizer, data, split, "before")
         reports = run.rank(trained, tokenizer, data, split, "sft")
         run.say(reports["test"])
 
@@ -311,6 +315,7 @@ def main(
         data,
         split,
         reports,
+        untrained,
         summary=summary | {"method": "sft", "rows_per_family": rows.counts, "other_settings": other},
         recipe=checked_record(recipe),
         **quantizer,

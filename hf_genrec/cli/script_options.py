@@ -52,6 +52,9 @@ class DataArguments:
     protocol: str | None = field(
         default=None, metadata={"help": "leave_one_out or global_time; default: the artefact's, else leave_one_out."}
     )
+    extra_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of the log that tasks read (rating, review, query ...)."}
+    )
     min_user: int | None = field(default=None, metadata={"help": "Drop users with fewer interactions."})
     min_item: int | None = field(default=None, metadata={"help": "Drop items with fewer interactions."})
     test_num_beams: int | None = field(

@@ -161,7 +161,7 @@ class ScriptRun:
             self.say(f"{part}, before and after:\n{found}")
             if found.warning:
                 logger.warning("%s: %s", part, found.warning)
-        test, notes = after["test"], []
+        test, notes = after["test"], [f"{part}: {found.warning}" for part, found in compared.items() if found.warning]
         if self.data_arguments.test_users is not None:
             notes.append(f"shortened run: at most {self.data_arguments.test_users} rows of each part were ranked")
         differences = None

@@ -94,7 +94,7 @@ def data_of(
 
 def data_section(arguments: DataArguments) -> dict[str, Any]:
     """The `data` section of a recipe, of what is said on the command line."""
-    names = ("protocol", "min_user", "min_item")
+    names = ("protocol", "min_user", "min_item", "extra_columns")
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 

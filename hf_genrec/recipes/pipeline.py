@@ -43,6 +43,7 @@ from hf_genrec.recipes.components import METHODS, MODELS
 from hf_genrec.recipes.resolver import AT_VALIDATION, Recipe
 from hf_genrec.recipes.stages.context import TrainingJob
 from hf_genrec.recipes.stages.features import item_features
+from hf_genrec.recipes.stages.judged import bucket_warnings, compared, compares, judged, ranked, ranked_before
 from hf_genrec.recipes.weights import CHOICES, choose_weights
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def train_recipe(
             split = replace(split, test=split.test.take(rows))
         if progress:
             print("\n".join([str(data.report), *notes]), flush=True)
-    pending = None
+    pending, against_retriever = None, None
     if "sasrec_ce" in baselines and recipe.name != "sasrec":
         pending = baseline_runs.start_sasrec(
             folder.with_name(f"{folder.name}-sasrec_ce"),
@@ -175,21 +176,30 @@ def train_recipe(
         args = RecommenderTrainingArguments(**settings | training)
         if not resume and checkpoints.is_dir():
             shutil.rmtree(checkpoints)
+        job = TrainingJob(
+            recipe,
+            identifiers.context,
+            model,
+            tokenizer,
+            args,
+            quantized=identifiers.quantized,
+            user_ids=data.user_ids if tokenizer.num_user_tokens else None,
+            resume=resume,
+        )
+        if compares(job):
+            with stages("validation before training"):
+                job.before = ranked_before(job)
         with stages("training"):
-            job = TrainingJob(
-                recipe,
-                identifiers.context,
-                model,
-                tokenizer,
-                args,
-                quantized=identifiers.quantized,
-                user_ids=data.user_ids if tokenizer.num_user_tokens else None,
-                resume=resume,
-            )
             processor_seconds = time.process_time()
             trained = method(job, **method_options)
             trained.summary["train_processor_seconds"] = round(time.process_time() - processor_seconds, 2)
         model, tokenizer = trained.model.eval(), trained.tokenizer
+        if job.before is not None and "stages" not in trained.summary:  # a method of several compares each of them
+            with stages("validation after training"):
+                entries = judged(job.before, ranked(job, model, tokenizer, "after training"), progress)
+            name = recipe.training.get("method", "next_item")
+            trained.summary["stages"] = [{"method": name} | entries]
+        notes += bucket_warnings(*(stage.get("buckets") for stage in _stages_of(trained.summary)))
         reads_newest = hasattr(model.config, "max_position_embeddings")
         if reads_newest and "sequence_training" in MODELS[recipe.model["type"]].gives:
             # these models cut to their newest positions themselves, and may use older items as "seen"
@@ -204,6 +214,8 @@ def train_recipe(
             retriever = getattr(model, "retriever", None)
             if retriever is not None:  # whose order a ranker changes: what it adds shows against this row
                 reports["retriever"], _ = evaluate_model(retriever, tokenizer, data, split, "retriever", progress)
+                against_retriever = compared(reports["retriever"], report, progress)
+                notes += bucket_warnings(against_retriever)
     except BaseException:
         if pending is not None:
             pending.stop()
@@ -221,6 +233,7 @@ def train_recipe(
         trained.summary,
         stages.seconds,
         notes,
+        {"test": against_retriever} if against_retriever else None,
     )
     with stages("saving"):
         shown = [report, *variants.values(), *reports.values()]
@@ -228,6 +241,12 @@ def train_recipe(
     if not keep_checkpoints:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainedRecipe(folder, model, tokenizer, data, split, report, variants, reports, metrics)
+
+
+def _stages_of(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The list of training stages of a summary; a candidate ranker has a mapping of others."""
+    stages = training.get("stages")
+    return stages if isinstance(stages, list) else []
 
 
 def data_fingerprint(data: RecommendationData, split: Split) -> str:
@@ -277,8 +296,9 @@ def collect_metrics(
     training: dict[str, Any],
     seconds: dict[str, float],
     notes: list[str],
+    buckets: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of metrics.json."""
+    """The content of metrics.json; `buckets` (part -> comparison) is a ranker's with its retriever."""
     differences = {
         name: {metric: report.compare(other, metric).to_dict() for metric in ("recall@10", "ndcg@10")}
         for name, other in baselines.items()
@@ -295,6 +315,7 @@ def collect_metrics(
         differences=differences or None,
         data=data.report.to_dict(),
         split=dict(split.report),
+        buckets=buckets,
         ties=tie_report(data, split),
         fingerprint=data_fingerprint(data, split),
         training={key: value for key, value in training.items() if value is not None},

@@ -82,6 +82,10 @@ def test_sft_writes_a_stock_model_that_ranks_as_its_metrics_say(world):
         "next_item": 40, "item_to_index": 8
     }  # fmt: skip
     assert artifact.recipe["data"] == {"min_user": 3, "min_item": 1} and artifact.recipe["model"]["base"] == "base"
+    for part in ("validation", "test"):  # beside the base model with fresh rows, searched in the same way
+        found = artifact.metrics["buckets"][part]
+        assert set(found["buckets"]) == {"head", "tail", "cold"} and found["before"] == "before"
+    assert found["all"]["before"] < found["all"]["after"] == artifact.metrics["test"]["ndcg@10"]
     assert not (world / "start-checkpoints").exists(), "checkpoints are removed"
     assert str(world) not in (world / "start" / "README.md").read_text(), "no path of this machine in the card"
 
@@ -182,6 +186,31 @@ def test_feedback_of_the_log_and_the_kept_pairs(scripts, world, tmp_path, kind, 
     assert titles["rejected"][:] == [[title(item) for item in row] for row in mine["rejected_items"]]
 
 
+def test_tasks_read_columns_of_the_log_that_are_named(scripts, world, tmp_path):
+    lines = (world / "log.csv").read_text().splitlines()
+    rated = [
+        f"{lines[0]},stars,wish",
+        *(f"{line},{1 + row % 5},something to keep {row}" for row, line in enumerate(lines[1:])),
+    ]
+    (tmp_path / "rated.csv").write_text("\n".join(rated) + "\n")
+    words = line_for("sft", world, tmp_path / "out", "--max_steps", "2")
+    words[words.index("--dataset") + 1] = str(tmp_path / "rated.csv")
+    tasks = {"yes_no:rated": 0.5, "item_search": {"weight": 0.5, "intention": "wish"}, "next_item": 1.0}
+    words[words.index("--tasks") + 1] = json.dumps(tasks)
+    with pytest.raises(TrainingError, match="no column 'wish'"):
+        run(scripts["sft"], words)
+    metrics = run(scripts["sft"], [*words, "--extra_columns", "stars", "wish"])
+    assert (
+        set(metrics["training"]["rows_per_family"]) == set(tasks)
+        and min(metrics["training"]["rows_per_family"].values()) > 0
+    )
+    recipe = resolve_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert recipe.data["extra_columns"] == ["stars", "wish"] and recipe.training["method_options"]["families"] == tasks
+    words[words.index("--tasks") + 1] = json.dumps({"next_item": {"share": 1.0}})
+    with pytest.raises(RequestError, match="tasks must map families to weights"):
+        run(scripts["sft"], words)
+
+
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_answers_end_as_they_were_trained_to(scripts, world, tmp_path, name):
     ended = line_for("sft", world, tmp_path / "start", "--max_steps", "1")
@@ -200,6 +229,22 @@ def test_answers_end_as_they_were_trained_to(scripts, world, tmp_path, name):
     else:
         pairs = load_pairs(tmp_path / "out-pairs.parquet")
         assert {ids[-1] for ids in pairs["chosen_ids"]} == {eos}
+
+
+def test_what_got_worse_is_in_the_card(scripts, world, tmp_path, monkeypatch):
+    rank, warned = script_run.ScriptRun.rank, []
+
+    def ranked(self, model, tokenizer, data, split, name):
+        reports = rank(self, model, tokenizer, data, split, name)
+        for report in reports.values():
+            report.removed.ranks_M[:] = 1 if name == "before" else np.inf
+        return reports
+
+    monkeypatch.setattr(script_run.ScriptRun, "rank", ranked)
+    monkeypatch.setattr(script_run.logger, "warning", lambda text, *values: warned.append(text % values))
+    metrics = run(scripts["sft"], line_for("sft", world, tmp_path / "out", "--max_steps", "1"))
+    assert len(warned) == 2 and metrics["notes"] == warned
+    assert "got worse from before to sft" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_windows_of_preferences_from_the_line(scripts, world, tmp_path, monkeypatch):

@@ -131,6 +131,10 @@ def test_rankers_stand_beside_their_retriever(tmp_path, name) -> None:
     retriever = trained.baselines["retriever"]
     assert trained.metrics["test"]["recall@5"] == retriever.removed["recall@5"]
     assert "ndcg@10" in trained.metrics["differences"]["retriever"]
+    found = trained.metrics["buckets"]["test"]
+    assert found["before"] == "retriever" and found["after"] == name and "cold" in found["buckets"]
+    assert found["all"]["before"] == trained.metrics["baselines"]["retriever"]["ndcg@10"]
+    assert found["all"]["after"] == trained.metrics["test"]["ndcg@10"]
     histories = [["i03", "i04"], ["i20"]]
     direct = trained.model.recommend(histories, tokenizer=trained.tokenizer, k=5)
     alone = trained.model.retriever.recommend(histories, tokenizer=trained.tokenizer, k=5)
@@ -181,9 +185,91 @@ def test_alignment_stages_keep_the_successor_and_report_buckets(tmp_path, name) 
     trained = train_recipe(recipe, log, tmp_path / "model", items=tmp_path / "items.csv", baselines=[], progress=False)
     summaries = trained.metrics["training"]["stages"]
     assert [summary["method"] for summary in summaries] == [first["method"], second["method"]]
-    assert summaries[0]["validation"]["recall@10"] == 1.0
+    assert summaries[0]["validation"]["recall@10"] == 1.0 and summaries[0]["buckets"]["all"]["verdict"] == "better"
     assert set(summaries[1]["buckets"]["buckets"]) <= {"head", "tail", "cold"} and "worse" in summaries[1]["buckets"]
     assert trained.metrics["test"]["recall@1"] >= 0.95  # the preferences must not undo what was learned
+
+
+ALIGNED = {"num_train_epochs": 1, "model.dtype": "float32", "per_device_train_batch_size": 4}
+AROUND = {"model.base": None, "model.language_model": LLAMA}
+_TEXT_TO_TEXT = {"model.d_model": 32, "model.d_kv": 16, "model.num_layers": 1, "model.num_decoder_layers": 1}
+_COMPARED = {
+    "item_lm": NO_TEXT | LANGUAGE | ALIGNED | {"identifiers.pca_dim": 8, "model.lora": {"r": 4, "dropout": 0.1}},
+    "lc_rec": NO_TEXT | LANGUAGE | ALIGNED | TINY | {"identifiers.max_steps": 2, "training.method_options": NEXT},
+    "e4srec": AROUND | {"features.sasrec": {"epochs": 1}, "num_train_epochs": 1, "model.lora": {"r": 4}},
+    "bigrec": AROUND | {"identifiers.text_tokenizer": None, "identifiers.item_end_token": None, "vocab_size": 400},
+    "p5": _TEXT_TO_TEXT | {"num_train_epochs": 1, "ema_decay": None},
+}
+
+
+@pytest.mark.parametrize("name", sorted(_COMPARED))
+def test_alignment_is_compared_with_the_model_before_its_first_step(tmp_path, monkeypatch, caplog, name) -> None:
+    """By buckets, on the same users; and training is what it is without: same weights, nothing of its time budget."""
+    log = write_log(tmp_path)
+    options = _COMPARED[name] | SHORT | {"eval_users": 30, "eval_epochs": 1}
+    recipe = resolve_recipe(name, options)
+
+    def trained(folder: str, recipe=recipe):
+        items = tmp_path / "items.csv"
+        return train_recipe(recipe, log, tmp_path / folder, items=items, baselines=[], test_users=10, progress=False)
+
+    compared = trained("compared")
+    (stage,) = compared.metrics["training"]["stages"]
+    assert stage["method"] == recipe.training.get("method", "next_item")
+    found = stage["buckets"]
+    assert (found["before"], found["after"]) == ("before training", "after training")
+    assert found["all"]["targets"] == 30 and set(found["buckets"]) == {"head", "tail", "cold"}
+    assert found["all"]["after"] == stage["validation"]["ndcg@10"]
+    untouched = resolve_recipe(name, options | {"max_steps": 1, "learning_rate": 0.0, "warmup_steps": 0})
+    same = trained("untouched", untouched).metrics["training"]["stages"][0]["buckets"]["all"]
+    assert same["before"] == found["all"]["before"]
+    if name not in ("bigrec", "p5"):  # whose methods also choose a number or the words of a prompt
+        assert same["after"] == same["before"]  # the model that training begins with, searched in the same way
+    monkeypatch.setattr("hf_genrec.recipes.pipeline.compares", lambda job: False)
+    alone = trained("alone")
+    assert "stages" not in alone.metrics["training"]
+    for one, other in zip(compared.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_ranking_before_training_is_no_part_of_its_time(tmp_path, monkeypatch) -> None:
+    from hf_genrec.alignment.trainers.callbacks import TimeBudgetCallback
+    from hf_genrec.recipes.stages import judged
+
+    events, evaluate, begin = [], judged.evaluate, TimeBudgetCallback.on_train_begin
+    monkeypatch.setattr(
+        judged, "evaluate", lambda *args, **more: events.append(more["name"]) or evaluate(*args, **more)
+    )
+    monkeypatch.setattr(
+        TimeBudgetCallback, "on_train_begin", lambda *args, **more: events.append("clock") or begin(*args, **more)
+    )
+    options = _COMPARED["item_lm"] | {"max_steps": 1, "training.max_train_seconds": 600.0, "eval_strategy": "no"}
+    trained = run(tmp_path, "item_lm", options)
+    assert events == ["before training", "clock", "after training"]
+    assert trained.metrics["wall_seconds"]["validation before training"] > 0
+    events.clear()
+    quiet = run(tmp_path, "item_lm", options | {"eval_users": None})  # a run that ranks no validation users at all
+    assert events == ["clock"] and "stages" not in quiet.metrics["training"]
+
+
+def test_a_bucket_that_got_worse_is_in_the_card(tmp_path, monkeypatch, caplog) -> None:
+    from hf_genrec.recipes import pipeline
+
+    def ranks(rank: float):
+        def report(job, *args):
+            found = judged_ranked(job, job.model, job.tokenizer, "before" if rank == 1 else "after")
+            found.removed.ranks_M[:] = rank
+            return found
+
+        return report
+
+    judged_ranked = pipeline.ranked
+    monkeypatch.setattr(pipeline, "ranked_before", ranks(1))
+    monkeypatch.setattr(pipeline, "ranked", ranks(float("inf")))
+    trained = run(tmp_path, "item_lm", _COMPARED["item_lm"] | {"max_steps": 1})
+    (note,) = trained.metrics["notes"]
+    assert "ndcg@10 got worse from before to after" in note and "head items" in note
+    assert note in caplog.text and "got worse from before to after" in (trained.folder / "README.md").read_text()
 
 
 def test_stages_go_on_where_they_were_interrupted(tmp_path, monkeypatch) -> None:
@@ -219,7 +305,10 @@ def test_stages_go_on_where_they_were_interrupted(tmp_path, monkeypatch) -> None
     assert len(calls) == 2  # the first stage did not run again
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert len(resumed.metrics["training"]["stages"]) == 2
+    first, second = resumed.metrics["training"]["stages"]
+    assert first["buckets"]["before"] == "before training" and second["buckets"]["before"] == "after next_item"
+    expected = [stage["buckets"] for stage in whole.metrics["training"]["stages"]]
+    assert [first["buckets"], second["buckets"]] == expected  # before its first step, resumed or not
 
 
 def test_stages_share_the_training_time(tmp_path, monkeypatch) -> None:

@@ -2,6 +2,12 @@
 
 transformers writes a checkpoint file by file; killed in between, it resumes from the half checkpoint and fails, or
 (with only `optimizer.pt` missing) goes on silently with a fresh optimiser.
+
+With several processes that hold the whole model each (DDP) the main one writes the folder, every process adds the state of
+its own random numbers, and the folder gets its name when all have done so. Checkpoints in shards (FSDP, DeepSpeed) are
+Trainer's own: their engines write from all processes at once, under names and with markers (DeepSpeed's `latest`) of their
+own, and have no step in which everything is there and nothing is visible. The same for `save_on_each_node`, where no one
+folder holds everything, and for tensor or context parallel models. Of those, half ones are still skipped on resume.
 """
 
 from __future__ import annotations
@@ -9,19 +15,21 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import ParallelMode
 from transformers.utils import logging as transformers_logging
 
 from hf_genrec.artifacts import MANIFEST_NAME, recover, staged_folder, verify_manifest
-from hf_genrec.errors import ArtifactError
+from hf_genrec.errors import ArtifactError, TrainingError
 
 from .arguments import RecommenderTrainingArguments
 from .averaging import WeightAverage
@@ -83,6 +91,23 @@ def _no_file_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def _together(failure: str) -> Iterator[None]:
+    """All processes leave the block when the last one has; what stops one stops them all, or the others would wait for it.
+
+    Raises:
+        TrainingError: one of the processes raised an exception in the block.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    found = [text for text in gather_object([own and f"{type(own).__name__}: {own}"]) if text]
+    if found:
+        raise TrainingError(f"{failure}: {found[0]}") from own
+
+
 class AtomicCheckpointTrainer(Trainer):
     """Trainer whose checkpoints are whole or absent; the base of RecommenderTrainer.
 
@@ -110,7 +135,8 @@ class AtomicCheckpointTrainer(Trainer):
         return str(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        together = self.args.world_size > 1
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or (together and not self._holds_whole_model()):
             super()._save_checkpoint(model, trial)
             return
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -118,15 +144,48 @@ class AtomicCheckpointTrainer(Trainer):
         best = run_dir / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == target or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-        with _no_file_bars(), staged_folder(target) as folder:
-            self._write_checkpoint(str(folder))
+        with _no_file_bars():
+            if together:
+                self._save_together(target)
+            else:
+                with staged_folder(target) as folder:
+                    self._write_checkpoint(str(folder))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _holds_whole_model(self) -> bool:
+        """Does each of the processes have all weights, and do they save one folder for all of them (plain DDP)?"""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        plain = self.args.parallel_mode == ParallelMode.DISTRIBUTED and not self.args.save_on_each_node
+        whole = parallelism is None or parallelism.non_data_parallel_size == 1
+        return plain and whole and not self.is_distributed_loading_by_transformers
+
+    def _save_together(self, target: Path) -> None:
+        """`staged_folder` of the main process, into which every process writes its part before it gets its name.
+
+        Raises:
+            TrainingError: in all processes, where one of them could not write.
+        """
+        main = self.is_world_process_zero()
+        with ExitStack() as stack:
+            place = [""]
+            with _together(f"{target} cannot be written"):
+                if main:
+                    place = [str(stack.enter_context(staged_folder(target)))]
+            broadcast_object_list(place)
+            with _together(f"{target} was not written"):
+                if main:
+                    self._write_checkpoint(place[0])
+                elif not self.args.save_only_model and Path(place[0]).is_dir():  # a node may see other disks
+                    self._save_rng_state(place[0])
+            with _together(f"{target} was not put in place"):
+                stack.close()
 
     def _write_checkpoint(self, folder: str) -> None:
         if self._average is None:

@@ -83,7 +83,10 @@ class StageContext:
 
 @dataclass
 class TrainingJob:
-    """What a training method gets: a fresh model of a catalogue, and how to train it."""
+    """What a training method gets: a fresh model of a catalogue, and how to train it.
+
+    `before` is the report of that model on the validation users, where an alignment run compares itself with it.
+    """
 
     recipe: Any
     context: StageContext
@@ -93,6 +96,7 @@ class TrainingJob:
     quantized: Quantized | None = None
     user_ids: Sequence[str] | None = None
     resume: bool = False
+    before: Any = None
 
 
 @dataclass

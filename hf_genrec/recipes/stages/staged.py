@@ -1,8 +1,8 @@
 """Training in stages: several methods one after the other on one model, each resumable, each judged by buckets.
 
 A finished stage leaves its model in the checkpoint folder; a resumed run goes on behind the newest one. Every stage is
-ranked on the validation part, and head, tail and cold items are compared with the stage before: a better average must not
-hide a bucket that got worse.
+ranked on the validation part, and head, tail and cold items are compared with the stage before (the first one with the model
+that it begins with): a better average must not hide a bucket that got worse.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from transformers import AutoTokenizer
 
 from hf_genrec.artifacts import staged_folder, verify_manifest
 from hf_genrec.errors import ArtifactError, GenRecError, RecipeError
-from hf_genrec.evaluation.bucket_comparison import compare_buckets
-from hf_genrec.evaluation.evaluator import evaluate, training_counts
-from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.recipes.stages.context import MethodResult, TrainingJob
-from hf_genrec.recipes.stages.preference import part_of_rows
+from hf_genrec.recipes.stages.judged import judged, ranked
 from hf_genrec.recipes.stages.preference_checks import CHECKS
 
 logger = logging.getLogger(__name__)
@@ -41,7 +38,7 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
             default 1).
     """
     folder = Path(str(job.args.output_dir))
-    model, tokenizer, summaries, before = job.model, job.tokenizer, [], None
+    model, tokenizer, summaries, before = job.model, job.tokenizer, [], job.before
     shares = [float(stage.get("share", 1.0)) for stage in stages]
     for number, stage in enumerate(stages):  # all of them before the first one takes its hours
         if stage["method"] in CHECKS:
@@ -62,16 +59,8 @@ def stages(job: TrainingJob, *, stages: Sequence[dict[str, Any]]) -> MethodResul
             result = _run(job, model, tokenizer, place, stage, shares[number] / sum(shares))
             model, tokenizer, summary = result.model, result.tokenizer, result.summary
         report = _ranked(job, model, tokenizer, f"after {name}")
-        if report is not None:
-            summary |= {"validation": {metric: report[metric] for metric in ("recall@10", "ndcg@10")}}
-            if before is not None:
-                compared = compare_buckets(before, report)
-                summary |= {"buckets": compared.to_dict()}
-                if not job.args.disable_tqdm:
-                    print(compared, flush=True)
-                if compared.warning:
-                    logger.warning(compared.warning)
-            before = report
+        summary |= judged(before, report, show=not job.args.disable_tqdm)
+        before = report
         if finished is None:
             _store(place, model, tokenizer, summary)
         summaries.append({"method": name} | summary)
@@ -118,24 +107,9 @@ def _run(
 
 
 def _ranked(job: TrainingJob, model: Any, tokenizer: Any, name: str) -> Any:
-    split = job.context.split
-    if (
-        not len(split.validation.targets)
-        or str(getattr(job.args.eval_strategy, "value", job.args.eval_strategy)) == "no"
-    ):
+    if job.before is None and str(getattr(job.args.eval_strategy, "value", job.args.eval_strategy)) == "no":
         return None
-    validation = split.validation
-    if job.args.eval_users is not None and job.args.eval_users < len(validation.targets):
-        validation = part_of_rows(validation, job.args.eval_users, 0)
-    return evaluate(
-        ModelRecommender(model, tokenizer),
-        validation,
-        num_items=job.context.num_items,
-        ks=[10],
-        train_counts=training_counts(split.train, job.context.num_items),
-        name=name,
-        progress=False,
-    )
+    return ranked(job, model, tokenizer, name)
 
 
 def _store(place: Path, model: Any, tokenizer: Any, summary: dict[str, Any]) -> None:
