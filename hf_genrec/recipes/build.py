@@ -5,6 +5,7 @@ Shape suffixes: N items, L levels, F width of the model's input features.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,16 +60,18 @@ def build_identifiers(
     seed: int,
     progress: bool = True,
     blocks: dict[str, FeatureBlock] | None = None,
+    retrievers: MutableMapping[Any, tuple[Any, Any]] | None = None,
 ) -> Identifiers:
     """Identifiers for every item, and the health of the codes.
 
     Args:
         blocks: feature blocks that are there already, by name; they are not made again.
+        retrievers: where recommenders that stages train for themselves are looked for and put, see `StageContext`.
 
     Raises:
         GenRecError: data that lacks what the recipe needs, codes that a collision policy cannot make unique.
     """
-    context = StageContext(data, split, seed, progress, dict(blocks or {}))
+    context = StageContext(data, split, seed, progress, dict(blocks or {}), {} if retrievers is None else retrievers)
     feature_blocks(context, recipe.features)
     component = QUANTIZERS[recipe.identifiers["quantizer"]]
     options = {key: recipe.identifiers[key] for key in component.options if key in recipe.identifiers}

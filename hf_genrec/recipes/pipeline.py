@@ -38,8 +38,9 @@ from hf_genrec.hub.metrics_file import build_metrics
 from hf_genrec.identifiers.feature_transforms import feature_names
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes import baselines as baseline_runs
-from hf_genrec.recipes.build import Identifiers, build_identifiers, build_model, trained_record
+from hf_genrec.recipes.build import Identifiers, build_model, trained_record
 from hf_genrec.recipes.components import METHODS, MODELS
+from hf_genrec.recipes.kept import kept_identifiers
 from hf_genrec.recipes.resolver import AT_VALIDATION, Recipe
 from hf_genrec.recipes.stages.context import TrainingJob
 from hf_genrec.recipes.stages.features import item_features
@@ -124,7 +125,7 @@ def train_recipe(
         output_dir: the artefact folder, replaced in one step when it exists; checkpoints go to `<output_dir>-checkpoints`.
         baselines: of "popularity", "item_graph", "sasrec_ce". SASRec is trained in a second process at the same time and
             kept as an artefact of its own in `<output_dir>-sasrec_ce`; an up-to-date one is used again.
-        resume: go on from the newest checkpoint of an interrupted run.
+        resume: go on from the newest checkpoint of an interrupted run, its finished identifiers included (see `kept`).
         test_users: rank a fixed random part of the test rows only (a shortened run; metrics.json says so).
 
     Raises:
@@ -159,23 +160,23 @@ def train_recipe(
             seed=seed,
             fingerprint=data_fingerprint(data, split),
         )
+    checkpoints = folder.with_name(f"{folder.name}-checkpoints")
     try:
         with stages("identifiers"):
-            identifiers = build_identifiers(recipe, data, split, seed=seed, progress=progress)
+            identifiers = kept_identifiers(
+                recipe, data, split, checkpoints, seed=seed, resume=resume, progress=progress
+            )
         model = build_model(recipe, identifiers, seed=seed)
         tokenizer = identifiers.tokenizer  # a language model's own holds the catalogue beside its text
         generation = dict(recipe.generation)
         to_choose = [name for name in CHOICES if generation.get(name) == AT_VALIDATION]
         before = {"dense_weight": 0.5, "repeat_weight": 0.0}  # while it trains
         model.recommendation_config = RecommendationConfig(**generation | {name: before[name] for name in to_choose})
-        checkpoints = folder.with_name(f"{folder.name}-checkpoints")
         settings: dict[str, Any] = {"output_dir": str(checkpoints), "seed": seed, "disable_tqdm": not progress}
         training = dict(recipe.training)
         method = METHODS[training.pop("method", "next_item")].load()
         method_options = training.pop("method_options", None) or {}
         args = RecommenderTrainingArguments(**settings | training)
-        if not resume and checkpoints.is_dir():
-            shutil.rmtree(checkpoints)
         job = TrainingJob(
             recipe,
             identifiers.context,

@@ -5,7 +5,7 @@ Shape suffixes: N items, L levels, E and F widths of vectors, P width of the cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +53,17 @@ class Quantized:
 
 @dataclass
 class StageContext:
-    """The data a stage may read (of interactions the training part only) and the feature blocks made so far."""
+    """The data a stage may read (of interactions the training part only) and the feature blocks made so far.
+
+    `retrievers` holds the recommenders that stages trained for themselves, by options: each is trained once per run.
+    """
 
     data: RecommendationData
     split: Split
     seed: int = 0
     progress: bool = True
     blocks: dict[str, FeatureBlock] = field(default_factory=dict)
+    retrievers: MutableMapping[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:

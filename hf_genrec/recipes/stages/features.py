@@ -156,8 +156,7 @@ def trained_sasrec(
     from hf_genrec.recipes.components import MODELS
     from hf_genrec.recipes.resolver import resolve_recipe
 
-    done: dict[Any, tuple[Any, Any]] = context.__dict__.setdefault("_sasrec", {})
-    key = (epochs, hidden_size, max_history)
+    done, key = context.retrievers, (epochs, hidden_size, max_history)
     if key in done:
         return done[key]
     recipe = resolve_recipe("sasrec")
