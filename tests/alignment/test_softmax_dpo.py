@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_genrec.alignment.trainers.item_head import use_item_head_as_fused
@@ -45,6 +45,9 @@ def causal_lm(kind: str = "llama", seed: int = 0, vocab_size: int = 12):
     torch.manual_seed(seed)
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, pad_token_id=0, **SIZES))
+    if kind == "gpt2":  # learned absolute positions
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=32, **sizes))
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, pad_token_id=0, head_dim=8, **SIZES))
 
 
@@ -257,15 +260,22 @@ def test_steps_do_not_depend_on_how_they_are_cut(tmp_path):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_padding_side_does_not_matter(tmp_path, kind):
-    data = rows([1, 4, 2, 3, 1, 2, 4, 3])
-    right, _, _ = train(tmp_path / "r", data, model=causal_lm(kind))
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("answers", ["several tokens", "one token", "one token, shared prompts"])
+def test_padding_side_does_not_matter(tmp_path, kind, answers):
+    data = rows([1, 4, 2, 3, 1, 2, 4, 3]) if answers == "several tokens" else one_token_rows().remove_columns("window")
+    right, logs, _ = train(tmp_path / "r", data, model=causal_lm(kind))
     tokenizer = item_tokenizer()
     tokenizer.padding_side = "right"
-    collator = SoftmaxPreferenceCollator(0, padding_side="left", pad_to_multiple_of=8)
-    left, _, _ = train(tmp_path / "l", data, model=causal_lm(kind), data_collator=collator, processing_class=tokenizer)
-    assert left == pytest.approx(right, abs=1e-5)
+    shared = answers.endswith("prompts")
+    collator = SoftmaxPreferenceCollator(0, padding_side="left", pad_to_multiple_of=8, share_prompts=shared)
+    options = {"model": causal_lm(kind), "data_collator": collator, "processing_class": tokenizer}
+    left, left_logs, trainer = train(tmp_path / "l", data, **options)
+    assert len(right) >= 4 and left == pytest.approx(right, abs=1e-5)
+    for one, other in zip(logs, left_logs):
+        assert other["rewards/margins"] == pytest.approx(one["rewards/margins"], abs=1e-5)
+    batch = collator([trainer.train_dataset[row] for row in range(5)])
+    assert batch["attention_mask"][:, 0].min() == 0 and ("answer_tokens" in batch) is shared
 
 
 def test_precomputed_reference_gives_the_same_losses(tmp_path):

@@ -10,7 +10,8 @@ What changes against SFTTrainer; models, PEFT, text datasets, cards and launchin
   tokens that compete (`item_head.py`). On a CPU TRL multiplies every place with the whole vocabulary.
 * **Steps are exact.** Losses are summed and divided by the labels of the whole optimiser step: accumulation, batch split,
   padding side and number of processes leave the trajectory as it is.
-* **No cut answers.** A row longer than `max_length` is an error that names it, where SFTTrainer cuts its end off.
+* **No cut answers.** A row longer than `max_length`, or than the model's context, is an error that names it, where
+  SFTTrainer cuts its end off. Prompts of the ranking validation lose their oldest items, whole, until they fit.
 * **Ranking validation.** `ranking_dataset` is ranked by constrained beam search over the whole catalogue; `eval_recall@K`
   and `eval_ndcg@K` choose the best checkpoint.
 * Whole checkpoints, the stop at a loss that is not finite, and the time budget of `guarded.py`.
@@ -25,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
@@ -48,6 +50,7 @@ from hf_genrec.generation.trie import ItemTrie
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .item_head import ITEM_HEADS, add_item_head, has_plain_head
 from .item_rows import PADDING_SIDES, EpochOrder, ItemRowCollator, check_length, is_row_source, row_lengths
+from .language_model import check_context, context_of, load_model, pad_token_id, save_defaults
 from .ranking import PromptRankingCollator, RankingDataset, ranking_metrics, ranks_from_items
 from .sampling import LengthBucketSampler
 
@@ -156,10 +159,10 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
             raise TrainingError(f"args is a {type(args).__name__}: pass an ItemSFTConfig.")
         if train_dataset is None or (hasattr(train_dataset, "__len__") and not len(train_dataset)):
             raise TrainingError("the training set is empty: give rows to train on.")
-        if isinstance(model, str):  # TRL's way of loading asks a registered configuration for its auto_map
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            load_options: Any = args.model_init_kwargs or {}
-            model = AutoModelForCausalLM.from_pretrained(model, **load_options)
+        if isinstance(model, str | Path):  # TRL's way of loading asks a registered configuration for its auto_map
+            load_options: Any = args.model_init_kwargs
+            folder, model = str(model), load_model(model, load_options, otherwise="RecommenderTrainer")
+            processing_class = processing_class or AutoTokenizer.from_pretrained(folder)
             args.model_init_kwargs = None
         if getattr(model.config, "is_encoder_decoder", False):
             raise TrainingError(f"{type(model).__name__} is an encoder-decoder: train it with RecommenderTrainer.")
@@ -169,6 +172,7 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
         self._user_ids = user_ids
         self._trie: ItemTrie | None = None
         self._ranking = _as_ranking(ranking_dataset, args)
+        self._context = context_of(model, kwargs.get("peft_config"))
         if self._ranking is not None:
             check_fingerprint(model, processing_class)
             scorer_for(model, processing_class)
@@ -176,11 +180,12 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
                 args.metric_for_best_model, args.greater_is_better = f"ndcg@{_main_k(args)}", True
         _check_metric(args, self._ranking is not None)
         if data_collator is None:
-            data_collator = ItemRowCollator(
-                _pad_token_id(processing_class),
+            data_collator = _RowCollator(
+                pad_token_id(processing_class),
                 args.max_length,
                 args.padding_side,
                 args.pad_to_multiple_of,  # type: ignore[arg-type]
+                context=self._context,
             )
         source = train_dataset if is_row_source(train_dataset) else None
         if eval_dataset is None and self._ranking is not None:
@@ -210,10 +215,10 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
             )
         if self._own_head or args.item_head != "full":
             add_item_head(inner, args.item_head, processing_class)
-        if args.item_head != "full" or args.max_history is not None:  # serve what was trained
-            served = recommendation_config_of(inner)
-            level = True if args.item_head != "full" else None
-            inner.recommendation_config = served.merged(restrict_to_level=level, max_history=args.max_history)
+        served = recommendation_config_of(inner)
+        inner.recommendation_config = served.merged(  # serve what was trained
+            restrict_to_level=args.item_head != "full", max_history=self._max_items(self._ranking)
+        )
         self._finish_guards()
 
     def _inner_model(self) -> Any:
@@ -238,6 +243,7 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
         if isinstance(dataset, Dataset):
             lengths = row_lengths(dataset)
             for row in (int(lengths.argmax()), int(lengths.argmin())) if len(lengths) else ():
+                check_context(f"{row} of the {dataset_name} dataset", int(lengths[row]), self._context)
                 check_length(f"{row} of the {dataset_name} dataset", int(lengths[row]), limit)
         return dataset
 
@@ -262,6 +268,26 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
         with self._collator_of(dataset):
             return super().get_eval_dataloader(eval_dataset)
 
+    def _max_items(self, ranking: Any) -> int | None:
+        """Newest items that ranking reads: `max_history`, or fewer where a longer prompt with its answer would not fit."""
+        asked = self.args.max_history
+        tokenizer: Any = self.processing_class
+        limit = min((size for size in (self.args.max_length, self._context) if size is not None), default=None)
+        if limit is None or not isinstance(ranking, RankingDataset) or not len(ranking):
+            return asked
+        around = len(tokenizer.encode_item_indices([[]], padding=False, return_tensors=None)["input_ids"][0])
+        around += int(self._user_ids is not None and tokenizer.num_user_tokens > 0)
+        fitting = (limit - around) // tokenizer.num_levels - 1  # the answer stands behind them
+        if fitting < 1:
+            raise TrainingError(
+                f"a prompt of one item has {around + tokenizer.num_levels} tokens and its answer {tokenizer.num_levels}, more "
+                f"than the {limit} of max_length and the model's context: shorten history_before and history_after of the "
+                "tokenizer, or take a model that reads more."
+            )
+        newest = asked if asked is not None else tokenizer.max_history
+        longest = int(ranking.evaluation.histories.lengths[ranking.rows].max())
+        return asked if min(longest, longest if newest is None else newest) <= fitting else fitting
+
     @contextmanager
     def _collator_of(self, dataset: Any) -> Iterator[None]:
         row_collator = self.data_collator
@@ -269,7 +295,7 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
             self.data_collator = PromptRankingCollator(
                 self.processing_class,
                 row_collator,
-                max_history=self.args.max_history,
+                max_history=self._max_items(dataset),
                 user_ids=self._user_ids,
                 exclude_seen=self.args.eval_exclude_seen,
             )
@@ -345,7 +371,6 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
         config: RecommendationConfig = recommendation_config_of(self._inner_model()).merged(
             k=self.args.eval_top_k,
             num_beams=max(self.args.eval_num_beams, self.args.eval_top_k),
-            restrict_to_level=self.args.item_head != "full",
         )
         decoder = scorer_for(
             self.accelerator.unwrap_model(model), self.processing_class, restrict_to_level=config.restrict_to_level
@@ -361,9 +386,19 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        served = getattr(self._inner_model(), "recommendation_config", None)
-        if served is not None:
-            served.save_pretrained(output_dir if output_dir is not None else str(self.args.output_dir))
+        save_defaults(self._inner_model(), output_dir if output_dir is not None else str(self.args.output_dir))
+
+
+@dataclass
+class _RowCollator(ItemRowCollator):
+    """ItemRowCollator that also knows how much the model reads."""
+
+    context: int | None = None
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for place, example in enumerate(examples):
+            check_context(f"{place} of a batch", len(example["input_ids"]), self.context)
+        return super().torch_call(examples)
 
 
 def _as_ranking(evaluation: Any, args: ItemSFTConfig) -> Any:
@@ -388,12 +423,3 @@ def _check_metric(args: ItemSFTConfig, ranks: bool) -> None:
         raise TrainingError(
             f"metric_for_best_model is {args.metric_for_best_model}, but eval_ks is {args.eval_ks}: add its K."
         )
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    if tokenizer.pad_token_id is None:
-        raise TrainingError(
-            f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, or extend it with extend_tokenizer, "
-            "which adds one."
-        )
-    return tokenizer.pad_token_id

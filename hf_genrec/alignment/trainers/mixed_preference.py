@@ -7,11 +7,13 @@ row here is a request: prompt and target, and for some requests also a chosen an
 
     loss = ntp_weight * sum -log pi(target) / target tokens of the step + dpo_weight * sum DPO / pairs of the step
 
-The requests with a pair come together in batches of their own (`PairBatches`), so that the others need neither the
+The requests with a pair come together in steps of their own (`PairBatches`), so that the others need neither the
 reference nor longer sequences. Steps are exact: sums over the whole step, whatever the micro-batches and processes.
 
 *Relations*: rows whose chosen answer is the target, all with a pair, are `SoftmaxDPOTrainer(loss_type=["sigmoid", "sft"])`
 and `Seq2SeqPreferenceTrainer(sft_weight=...)`; no pairs at all is plain supervised training. K rejected answers are S-DPO.
+What S-DPO does with the model holds here too: `item_head`, the experts' loss of a mixture of experts, and one pass per prompt
+where it has several answers (`shared_prompts.py`).
 
 Shape legend: B requests, P of them with a pair, R rejected answers, A = B + P + R answers (targets, chosen, rejected),
 T tokens, Q answer tokens, K rejected answers of the pair that has most.
@@ -29,12 +31,12 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers.data.data_collator import DataCollatorMixin
-from trl.trainer.utils import pad
 
 from hf_genrec.alignment.preference_rows import check_answers, check_length
 from hf_genrec.errors import TrainingError
 
+from .item_head import ANSWERS
+from .language_model import check_context
 from .preference_loss import padded_rejected, softmax_preference_loss
 from .seq2seq_preference import (
     Seq2SeqPreferenceConfig,
@@ -42,10 +44,9 @@ from .seq2seq_preference import (
     answer_token_logps,
     without_dropout,
 )
-from .softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
+from .softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, SoftmaxPreferenceCollator
 
 COLUMNS = ("prompt_ids", "target_ids", "chosen_ids", "rejected_ids")
-_OURS = ("target_tokens", "pair_rows", "rejected_counts")
 
 
 @dataclass
@@ -98,7 +99,7 @@ class PairBatches(Sampler):
 
     Args:
         has_pair: (M,) bool.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch; of a whole step where several batches make one.
         seed: of the order, together with the epoch.
     """
 
@@ -124,7 +125,7 @@ class PairBatches(Sampler):
         yield from (int(row) for row in rest)
 
 
-def _check_row(row: dict[str, Any], number: int, limit: int | None) -> None:
+def _check_row(row: dict[str, Any], number: int | str, limit: int | None, context: int | None) -> None:
     prompt, target, chosen, rejected = (row[name] for name in COLUMNS)
     if bool(len(chosen)) != bool(len(rejected)):
         raise TrainingError(f"row {number}: a pair has a chosen and rejected answers, or the row has neither.")
@@ -132,16 +133,18 @@ def _check_row(row: dict[str, Any], number: int, limit: int | None) -> None:
         raise TrainingError(f"row {number}: prompt and target must not be empty; leave the row out.")
     if len(chosen):
         check_answers(number, prompt, chosen, rejected)
-    check_length(number, len(prompt), [len(target), len(chosen), *map(len, rejected)], limit)
+    answers = [len(target), len(chosen), *map(len, rejected)]
+    check_context(number, len(prompt) + max(answers), context)
+    check_length(number, len(prompt), answers, limit)
 
 
-def _checked(dataset: Any, limit: int | None, name: str) -> Any:
+def _checked(dataset: Any, limit: int | None, name: str, context: int | None = None) -> Any:
     if not isinstance(dataset, Dataset) or not set(COLUMNS) <= set(dataset.column_names) or not len(dataset):
         raise TrainingError(
             f"the {name} dataset must be a non-empty datasets.Dataset with the columns {', '.join(COLUMNS)}."
         )
     for number, row in enumerate(dataset):
-        _check_row(row, number, limit)
+        _check_row(row, number, limit, context)
     return dataset
 
 
@@ -165,27 +168,25 @@ def _answers(examples: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
 
 
 @dataclass
-class MixedCollator(DataCollatorMixin):
-    """Requests -> answers behind their prompts (A, T), for causal language models; see SoftmaxPreferenceCollator.
+class MixedCollator(SoftmaxPreferenceCollator):
+    """Requests -> answers behind their prompts, for causal language models: A rows, targets, chosen, rejected.
+
+    Arguments are those of SoftmaxPreferenceCollator. A batch without pairs has one answer per prompt and shares nothing.
 
     Returns:
-        `target_tokens` (B,), `pair_rows`, `rejected_counts` (P,), `input_ids`, `attention_mask`, `completion_mask` (A, T).
+        `target_tokens` (B,), `pair_rows`, `rejected_counts` (P,), and `input_ids`, `attention_mask`, `completion_mask` (A, T)
+        or what `shared_prompt_batch` returns.
     """
 
-    pad_token_id: int
-    padding_side: str = "right"
-    return_tensors: str = "pt"
-
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [(examples[place]["prompt_ids"], ids) for place, ids in _answers(examples)]
-        masks = [torch.tensor([0] * len(prompt) + [1] * len(ids)) for prompt, ids in rows]
-        side = self.padding_side
-        ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
-        return _index_tensors(examples) | {
-            "input_ids": pad(ids, padding_value=self.pad_token_id, padding_side=side),
-            "attention_mask": pad([torch.ones_like(mask) for mask in masks], padding_value=0, padding_side=side),
-            "completion_mask": pad(masks, padding_value=0, padding_side=side),
-        }
+        for place, example in enumerate(examples):
+            _check_row(example, f"{place} of a batch", self.max_length, self.context)
+        pairs = [example for example in examples if len(example["rejected_ids"])]
+        prompts = [example["prompt_ids"] for example in (*examples, *pairs)]
+        first = [example["target_ids"] for example in examples] + [example["chosen_ids"] for example in pairs]
+        rejected = [[] for _ in examples] + [example["rejected_ids"] for example in pairs]
+        inputs = self._model_inputs(prompts, first, rejected, self.share_prompts and bool(pairs))
+        return _index_tensors(examples) | inputs
 
 
 @dataclass
@@ -219,12 +220,15 @@ class _Mixture:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         has_pair = np.array([len(rejected) > 0 for rejected in dataset["rejected_ids"]])
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return PairBatches(has_pair, self._train_batch_size * self.args.world_size, seed)
+        # by the step, not by the batch: how a step is split into batches must not change which rows it has
+        step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return PairBatches(has_pair, step_rows, seed)
 
     def _step_counts(self, batches: Sequence[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """(2,): target tokens and pairs of the step on all processes."""
+        """(3,): target tokens, pairs and requests of the step on all processes."""
         tokens = sum(int(batch["target_tokens"].sum()) for batch in batches)
-        counts = torch.tensor([[tokens, sum(len(batch["pair_rows"]) for batch in batches)]], device=device)
+        pairs, requests = (sum(len(batch[name]) for batch in batches) for name in ("pair_rows", "target_tokens"))
+        counts = torch.tensor([[tokens, pairs, requests]], device=device)
         return self.accelerator.gather(counts).sum(dim=0) if self.accelerator.num_processes > 1 else counts[0]
 
     def _mixed(
@@ -261,6 +265,8 @@ class MixedPreferenceTrainer(_Mixture, SoftmaxDPOTrainer):
     """SoftmaxDPOTrainer for requests with targets, some with pairs. Arguments, reference and errors are its own."""
 
     args: Any
+    _collator = MixedCollator
+    _bookkeeping = (*SoftmaxDPOTrainer._bookkeeping, "target_tokens", "pair_rows")
     _name = "Next-token loss with preferences"
 
     def __init__(self, model: Any, ref_model: Any = None, args: MixedPreferenceConfig | None = None, data_collator: Any = None,
@@ -268,12 +274,10 @@ class MixedPreferenceTrainer(_Mixture, SoftmaxDPOTrainer):
         args = args if args is not None else MixedPreferenceConfig("mixed_preference")
         if not isinstance(args, MixedPreferenceConfig):
             raise TrainingError(f"args is a {type(args).__name__}: pass a MixedPreferenceConfig.")
-        if data_collator is None and processing_class is not None:
-            data_collator = MixedCollator(processing_class.pad_token_id)
         super().__init__(model, ref_model, args, data_collator, processing_class, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = _checked(dataset, args.max_length, dataset_name)
+        dataset = _checked(dataset, args.max_length, dataset_name, self._context)
         self._most_rejected = max(self._most_rejected, *map(len, dataset["rejected_ids"]), 1)
         return dataset
 
@@ -285,21 +289,19 @@ class MixedPreferenceTrainer(_Mixture, SoftmaxDPOTrainer):
     ) -> Any:
         """The loss of the module docstring."""
         requests = len(inputs["target_tokens"])
-        labels_AT = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            labels=labels_AT,
-            fused_lm_head=True,
-        )
-        logps_A = outputs.log_probs[:, -(labels_AT.shape[1] - 1) :].sum(dim=1)
+        outputs, logps_A, _ = self._answer_logps(model, inputs)
         ref_P = ref_PK = None
         if len(inputs["pair_rows"]):
-            pairs = {name: value[requests:] for name, value in inputs.items() if name not in _OURS}
-            pairs = {"rejected_counts": inputs["rejected_counts"], **pairs}
+            by_answer = ANSWERS if ANSWERS[-1] in inputs else self._read_by_model(inputs)
+            pairs = {name: value[requests:] if name in by_answer else value for name, value in inputs.items()}
+            pairs["rejected_counts"] = inputs["rejected_counts"]
             ref_P, ref_PK = self.compute_ref_log_probs(self.ref_model or self.model, pairs)
         loss = self._mixed(inputs, logps_A, ref_P, ref_PK, num_items_in_batch)
+        if self.aux_loss_enabled:
+            share = (
+                1 if num_items_in_batch is None else requests * self.accelerator.num_processes / num_items_in_batch[2]
+            )
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * share
         return (loss, {}) if return_outputs else loss
 
 
@@ -321,7 +323,12 @@ class Seq2SeqMixedPreferenceTrainer(_Mixture, Seq2SeqPreferenceTrainer):
         )
 
     def _prepared(self, dataset: Any, name: str, max_length: int | None) -> Any:
-        return None if dataset is None else _checked(dataset, max_length, name)
+        if dataset is None:
+            return None
+        dataset = _checked(dataset, max_length, name)
+        for row, prompt in enumerate(dataset["prompt_ids"]):
+            check_context(row, len(prompt), self._context)
+        return dataset
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         if not batch_samples or "target_tokens" not in batch_samples[0]:

@@ -19,12 +19,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer
 
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
+
+_REFERENCE_FIX = "Use the state of the policy before preference tuning (leave ref_model out for a copy)."
 
 
 def padded_rejected(values_R: torch.Tensor, counts_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,16 +142,51 @@ def check_beta(beta: float) -> None:
         raise TrainingError(f"beta is {beta}: give a positive number, such as 0.1 (gentle) or 1.0 (S-DPO).")
 
 
-def check_same_vocabulary(model: Any, ref_model: Any) -> None:
-    """Raise IncompatibleComponentsError unless both models score the same tokens of the same catalogue."""
+def check_same_vocabulary(model: Any, ref_model: Any, tokenizer: Any = None) -> None:
+    """Policy and reference score the same tokens of the same catalogue.
+
+    Args:
+        model, ref_model: policy and reference.
+        tokenizer: of the policy. A reference that was loaded from a folder with a tokenizer must have the same token at
+            every id that both know (a reference of the base vocabulary, to which item tokens were added since, is fine).
+
+    Raises:
+        IncompatibleComponentsError: they do not.
+    """
     policy, reference = (m.get_output_embeddings().weight.shape[0] for m in (model, ref_model))
     if policy != reference:
         raise IncompatibleComponentsError(
-            f"the reference has {reference} tokens, the policy {policy}: log-ratios need one vocabulary. Use the state "
-            "of the policy before preference tuning (leave ref_model out for a copy)."
+            f"the reference has {reference} tokens, the policy {policy}: log-ratios need one vocabulary. {_REFERENCE_FIX}"
         )
-    policy, reference = (getattr(m.config, "catalogue_fingerprint", None) or "" for m in (model, ref_model))
+    theirs = None if tokenizer is None else _tokenizer_beside(ref_model)
+    if theirs is not None:
+        _check_same_tokens(tokenizer, theirs)
+    policy = _fingerprint(model.config) or _fingerprint(tokenizer)
+    reference = _fingerprint(ref_model.config) or _fingerprint(theirs)
     if policy and reference and policy != reference:
         raise IncompatibleComponentsError(
-            f"the reference was made for catalogue {reference[:12]}, the policy for {policy[:12]}: use one catalogue."
+            f"the reference was made for catalogue {reference[:12]}, the policy for {policy[:12]}: use one catalogue. "
+            f"{_REFERENCE_FIX}"
         )
+
+
+def _fingerprint(holder: Any) -> str:
+    return getattr(holder, "catalogue_fingerprint", None) or ""
+
+
+def _tokenizer_beside(model: Any) -> Any:
+    """The tokenizer in the local folder that a model was loaded from; None where there is none."""
+    folder = Path(getattr(model.config, "_name_or_path", None) or "")
+    if not folder.name or not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _check_same_tokens(tokenizer: Any, theirs: Any) -> None:
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
+    for token, number in sorted(theirs.get_vocab().items(), key=lambda entry: entry[1]):
+        if ours.get(number, token) != token:
+            raise IncompatibleComponentsError(
+                f"token {number} is {token!r} in the tokenizer of the reference ({theirs.name_or_path}) and {ours[number]!r} in "
+                f"the policy's: log-ratios need one vocabulary. {_REFERENCE_FIX}"
+            )

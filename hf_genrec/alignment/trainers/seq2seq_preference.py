@@ -23,6 +23,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.search import evaluating
 
 from .arguments import RecommenderTrainingArguments
+from .language_model import check_context, context_of, load_model
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -131,7 +133,7 @@ class Seq2SeqPreferenceTrainer(RecommenderTrainer):
 
     Args:
         model: encoder-decoder of transformers or of this library, or a PeftModel of one.
-        ref_model: reference; None: a frozen copy of the model as it is (with `peft_config`: the disabled adapter).
+        ref_model: reference, or its folder; None: a frozen copy of the model as it is (with `peft_config`: the disabled adapter).
         args: Seq2SeqPreferenceConfig.
         train_dataset: a `datasets.Dataset` of preference rows.
         eval_dataset: EvaluationSet (its targets are ranked, its next-token loss watched), or preference rows.
@@ -173,7 +175,7 @@ class Seq2SeqPreferenceTrainer(RecommenderTrainer):
         )
         self._new_adapter = peft_config is not None  # its reference is the model without it
         self._rewards = RewardMeter()
-        self._processing_class = processing_class
+        self._processing_class, self._context = processing_class, context_of(model)
         super().__init__(
             model=model,
             args=args,
@@ -206,7 +208,7 @@ class Seq2SeqPreferenceTrainer(RecommenderTrainer):
                 f"the {name} dataset must be a datasets.Dataset with the columns prompt, chosen, rejected (or the same "
                 "as *_ids): build it with hf_genrec.alignment.pair_datasets."
             )
-        options = {"tokenizer": self._processing_class, "max_length": max_length}
+        options = {"tokenizer": self._processing_class, "max_length": max_length, "context": self._context}
         return dataset.map(_row_of_ids, with_indices=True, fn_kwargs=options, desc=f"Checking {name} pairs")
 
     def _with_reference(self, dataset: Any) -> Any:
@@ -336,8 +338,10 @@ def policy_and_reference(
         raise TrainingError("pass the tokenizer as processing_class.")
     if ref_model is model:
         raise TrainingError("ref_model is the model under training: leave it out for a frozen copy.")
+    if isinstance(ref_model, str | Path):
+        ref_model = load_model(ref_model, otherwise=otherwise, seq2seq=True)
     if ref_model is not None:
-        check_same_vocabulary(model, ref_model)
+        check_same_vocabulary(model, ref_model, processing_class)
     elif peft_config is None and copied:
         ref_model = copy.deepcopy(model)
     if peft_config is not None:
@@ -416,7 +420,9 @@ def _is_preference(dataset: Any) -> bool:
     return set(ID_COLUMNS) <= columns or set(TEXT_COLUMNS) <= columns
 
 
-def _row_of_ids(example: dict[str, Any], row: int, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+def _row_of_ids(
+    example: dict[str, Any], row: int, tokenizer: Any, max_length: int | None, context: int | None
+) -> dict[str, Any]:
     if set(ID_COLUMNS) <= set(example):
         prompt, chosen, rejected = (example[name] for name in ID_COLUMNS)
         rejected = as_answers(rejected)
@@ -426,6 +432,7 @@ def _row_of_ids(example: dict[str, Any], row: int, tokenizer: Any, max_length: i
             raise TrainingError(f"row {row}: prompt, chosen and rejected must be text (or give *_ids columns).")
         prompt, chosen, *rejected = (tokenizer(text)["input_ids"] for text in texts)
     check_answers(row, prompt, chosen, rejected)
+    check_context(row, len(prompt), context)
     if max_length is not None and len(prompt) > max_length:
         raise TrainingError(
             f"row {row}: a prompt of {len(prompt)} tokens exceeds max_length={max_length}; cut histories when building the "

@@ -67,9 +67,9 @@ def shared_prompt_batch(
 
     Returns:
         None where answers are longer than one token and do not fit, else `input_ids`, `completion_mask` (H, T; the latter all
-        0, since no place has a label), `attention_mask` (H, T), or bool (H, 1, T, T) together with `position_ids` (H, T)
-        where an answer has several tokens; `answer_rows` (A,) and `answer_places`, `answer_tokens` (A, Q): a token is
-        scored behind input place (row, place); -100 behind the end of an answer.
+        0, since no place has a label), `attention_mask` (H, T), or bool (H, 1, T, T) where an answer has several tokens;
+        there, and with padding in front, `position_ids` (H, T); `answer_rows` (A,) and `answer_places`, `answer_tokens`
+        (A, Q): a token is scored behind input place (row, place); -100 behind the end of an answer.
     """
     kept, host_of = kept_prompts(prompts)
     answers = [*chosen, *(answer for several in rejected for answer in several)]
@@ -123,7 +123,7 @@ def shared_prompt_batch(
         "answer_places": torch.from_numpy(places_AQ),
         "answer_tokens": torch.from_numpy(tokens_AQ),
     }
-    return batch | ({"position_ids": torch.from_numpy(positions_HT)} if packed else {})
+    return batch | ({"position_ids": torch.from_numpy(positions_HT)} if packed or left else {})
 
 
 def packed_answers(

@@ -16,7 +16,8 @@ PEFT, precomputed references, checkpoints, cards and launching are TRL's.
 * **One pass per prompt**: its answers stand behind it side by side, and rows whose prompts are beginnings of one another
   share the pass (`shared_prompts.py`): the same losses for a fraction of the work. Models that read no 4-D attention mask
   (flash attention, recurrent layers, prompts longer than a sliding window) have a pass per answer of several tokens.
-* **No cut answers.** A row longer than `max_length` is an error that names the row, where DPOTrainer drops or cuts it.
+* **No cut answers.** A row longer than `max_length`, or than the model's context, is an error that names the row, where
+  DPOTrainer drops or cuts it.
 
 *Relations*: K = 1 is DPOTrainer with `loss_type="sigmoid"`. `loss_type=["sigmoid", "sft"]` adds the next-token loss of
 the chosen answer, which keeps preference tuning from forgetting it (OneRec, arXiv 2502.18965).
@@ -31,12 +32,13 @@ import copy
 import json
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
@@ -50,6 +52,7 @@ from hf_genrec.generation.recommend import recommendation_config_of
 from .adapter_reference import whole_reference_adapter
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
 from .item_head import ANSWERS, ITEM_HEADS, has_plain_head, use_item_head_as_fused
+from .language_model import check_context, context_of, load_model, pad_token_id, save_defaults
 from .preference_loss import (
     RewardMeter,
     check_beta,
@@ -115,10 +118,12 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
     Args:
         pad_token_id: for the empty places.
         max_length: most tokens of a row; a longer one is an error, never cut.
-        padding_side: "right", as TRL pads, or "left" (the same losses for models with relative positions).
+        padding_side: "right", as TRL pads, or "left", with `position_ids`, so that models with absolute positions see the
+            same row.
         pad_to_multiple_of: width of the batch.
         share_prompts: batches come as `shared_prompt_batch` makes them, where it can.
         longest_shared: most tokens of a prompt and an answer of several tokens there; None: no bound; 0: none.
+        context: most tokens that the model reads of a row; a longer row is an error.
 
     Returns:
         `rejected_counts` and `chosen_tokens` (B,); `input_ids`, `attention_mask`, `completion_mask` (A, T), or what
@@ -138,21 +143,29 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
     return_tensors: str = "pt"
     share_prompts: bool = False
     longest_shared: int | None = 0
+    context: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rejected = [as_answers(example["rejected_ids"]) for example in examples]
         chosen = [example["chosen_ids"] for example in examples]
         for place, (example, answers) in enumerate(zip(examples, rejected)):
             sizes = [len(chosen[place]), *map(len, answers)]
-            check_length(f"{place} of a batch", len(example["prompt_ids"]), sizes, self.max_length)
+            _check_size(f"{place} of a batch", len(example["prompt_ids"]), sizes, self.max_length, self.context)
         prompts = [example["prompt_ids"] for example in examples]
         # first, because Trainer reads the batch size off the first tensor: B prompts, not A answers
         batch = {
             "rejected_counts": torch.tensor([len(answers) for answers in rejected]),
             "chosen_tokens": torch.tensor([len(answer) for answer in chosen]),
         }
+        batch |= self._model_inputs(prompts, chosen, rejected, self.share_prompts)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        return batch
+
+    def _model_inputs(self, prompts: list, chosen: list, rejected: list[list], share: bool) -> dict[str, torch.Tensor]:
         shared = None
-        if self.share_prompts:
+        if share:
             shared = shared_prompt_batch(
                 prompts,
                 chosen,
@@ -162,11 +175,7 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
                 multiple_of=self.pad_to_multiple_of,
                 longest=self.longest_shared,
             )
-        batch |= shared if shared is not None else self._answers_behind_prompts(prompts, chosen, rejected)
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
-        return batch
+        return shared if shared is not None else self._answers_behind_prompts(prompts, chosen, rejected)
 
     def _answers_behind_prompts(self, prompts: list, chosen: list, rejected: list[list]) -> dict[str, torch.Tensor]:
         pairs = list(zip(prompts, chosen))
@@ -174,11 +183,14 @@ class SoftmaxPreferenceCollator(DataCollatorMixin):
         ids = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
         masks = [torch.tensor([0] * len(prompt) + [1] * len(answer)) for prompt, answer in pairs]
         options: dict[str, Any] = {"padding_side": self.padding_side, "pad_to_multiple_of": self.pad_to_multiple_of}
-        return {
+        batch = {
             "input_ids": pad(ids, padding_value=self.pad_token_id, **options),
             "attention_mask": pad([torch.ones_like(mask) for mask in masks], padding_value=0, **options),
             "completion_mask": pad(masks, padding_value=0, **options),
         }
+        if self.padding_side == "left":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        return batch
 
 
 class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
@@ -190,19 +202,21 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
 
     Args:
         model: causal language model or PeftModel, or the folder of one.
-        ref_model: reference; None: see the module docstring.
+        ref_model: reference, or the folder of one; None: see the module docstring.
         args: SoftmaxDPOConfig.
         data_collator: default SoftmaxPreferenceCollator.
         processing_class: tokenizer; default: the one beside the model.
         kwargs: as for DPOTrainer (`train_dataset`, `eval_dataset`, `peft_config`, `callbacks`, ...).
 
     Raises:
-        TrainingError: rows that cannot be trained on (row named), or an encoder-decoder (use
-            Seq2SeqPreferenceTrainer).
-        IncompatibleComponentsError: the reference has another vocabulary than the policy.
+        TrainingError: rows that cannot be trained on (row named), a tokenizer without padding token, or an encoder-decoder
+            (use Seq2SeqPreferenceTrainer).
+        IncompatibleComponentsError: the reference has another vocabulary than the policy, or a folder holds no model.
     """
 
     _item_head: str | None
+    _collator: type[SoftmaxPreferenceCollator] = SoftmaxPreferenceCollator
+    _bookkeeping: tuple[str, ...] = ("rejected_counts", "chosen_tokens", "ref_chosen_logps", "ref_rejected_logps")
     loss_is_scaled_for_ga = True  # see _get_num_items_in_batch
     _tag_names = ["trl", "dpo", "s-dpo"]
     _name = "S-DPO"
@@ -211,7 +225,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
     def __init__(
         self,
         model: Any,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: Any = None,
         args: SoftmaxDPOConfig | None = None,
         data_collator: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -219,27 +233,29 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         callbacks: list | None = None,
         **kwargs: Any,
     ) -> None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        name = str(model) if isinstance(model, str | Path) else get_config_model_id(model.config)
         args = args if args is not None else SoftmaxDPOConfig(f"{(name or 'model').split('/')[-1]}-S-DPO")
         if not isinstance(args, SoftmaxDPOConfig):
             raise TrainingError(f"args is a {type(args).__name__}: pass a SoftmaxDPOConfig.")
-        if not isinstance(model, str):
-            _check_models(model, ref_model)
-            keeps_reference = not (is_peft_model(model) or kwargs.get("peft_config") or args.precompute_ref_log_probs)
-            if ref_model is None and keeps_reference:
-                ref_model = copy.deepcopy(model)
-                ref_model.__dict__.pop("forward", None)  # what an earlier trainer bound to the policy
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(name)
+        if processing_class is None and not name:
+            raise TrainingError("pass the tokenizer as processing_class.")
+        model, ref_model = _loaded(model, ref_model, args)
+        processing_class = processing_class if processing_class is not None else AutoTokenizer.from_pretrained(name)
+        padding = pad_token_id(processing_class)  # also with a collator of one's own: TRL would set the tokenizer's
+        _check_models(model, ref_model, processing_class)
+        self._context = _context(model, ref_model, kwargs.get("peft_config"))
+        keeps_reference = not (is_peft_model(model) or kwargs.get("peft_config") or args.precompute_ref_log_probs)
+        if ref_model is None and keeps_reference:
+            ref_model = copy.deepcopy(model)
+            ref_model.__dict__.pop("forward", None)  # what an earlier trainer bound to the policy
         if data_collator is None:
-            if processing_class.pad_token is None:
-                processing_class.pad_token = processing_class.eos_token
             multiple: Any = args.pad_to_multiple_of
-            data_collator = SoftmaxPreferenceCollator(
-                processing_class.pad_token_id,
+            data_collator = self._collator(
+                padding,
                 args.max_length,
                 pad_to_multiple_of=multiple,
                 share_prompts=args.share_prompts,
+                context=self._context,
             )
         self._most_rejected, self._item_head = 1, None
         self._rewards = RewardMeter()
@@ -262,8 +278,8 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         inner: Any = self.model
         inner = inner.get_base_model() if is_peft_model(inner) else inner
         args: Any = self.args
-        level = recommendation_config_of(inner).restrict_to_level
-        self._item_head = args.item_head or ("level" if level else "full")
+        inner.recommendation_config = served = recommendation_config_of(inner)  # saved with what is trained
+        self._item_head = args.item_head or ("level" if served.restrict_to_level else "full")
         if self.aux_loss_enabled and self._item_head != "full":
             raise TrainingError(
                 f"item_head={self._item_head!r} leaves out the experts' loss of {type(inner).__name__}: use 'full', or "
@@ -291,18 +307,17 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         options: dict[str, Any] = {"with_indices": True}
         if isinstance(dataset, Dataset):
             options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
-        limit = args.max_length
+        limits = {"max_length": args.max_length, "context": self._context}
         with global_then_local_main_first():
             if set(ID_COLUMNS) <= set(first):
                 if isinstance(dataset, Dataset):  # as they are: a copy of many rows takes minutes
-                    self._most_rejected = max(self._most_rejected, _check_rows(dataset, limit))
+                    self._most_rejected = max(self._most_rejected, _check_rows(dataset, **limits))
                     return dataset
-                dataset = dataset.map(_checked_row, fn_kwargs={"max_length": limit}, **options)
+                dataset = dataset.map(_checked_row, fn_kwargs=limits, **options)
             else:
                 if "prompt" not in first:
                     dataset = dataset.map(extract_prompt)
-                text_options = {"tokenizer": processing_class, "max_length": limit}
-                dataset = dataset.map(_text_row, fn_kwargs=text_options, **options)
+                dataset = dataset.map(_text_row, fn_kwargs={"tokenizer": processing_class, **limits}, **options)
         if isinstance(dataset, Dataset):
             self._most_rejected = max(self._most_rejected, *map(len, dataset["rejected_ids"]))
         return dataset
@@ -338,11 +353,26 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reference log-probabilities of a batch: of the chosen answers (B,) and the rejected (B, most of the data)."""
         # the base class cuts its answers into halves, which put together are all A of them
-        logps_A = torch.cat(super().compute_ref_log_probs(model, _without_ours(inputs)))
+        logps_A = torch.cat(super().compute_ref_log_probs(model, self._read_by_model(inputs)))
         counts_B = inputs["rejected_counts"]
         rejected_BK, _ = padded_rejected(logps_A[len(counts_B) :], counts_B)
         missing = max(0, self._most_rejected - rejected_BK.shape[1])
         return logps_A[: len(counts_B)], torch.nn.functional.pad(rejected_BK, (0, missing))
+
+    def _read_by_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in self._bookkeeping}
+
+    def _answer_logps(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, torch.Tensor, dict[str, Any]]:
+        """What the policy gives for a batch, the log-probability of each answer (A,), and the inputs it was called with."""
+        model_inputs = self._read_by_model(inputs)
+        completion_mask_AT = model_inputs.pop("completion_mask")
+        labels_AT = model_inputs["input_ids"].masked_fill(completion_mask_AT == 0, -100)
+        model_inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        outputs = model(**model_inputs, labels=labels_AT, fused_lm_head=True)
+        width = labels_AT.shape[1] - 1  # prompt-learning adapters put virtual tokens in front
+        return outputs, outputs.log_probs[:, -width:].sum(dim=1), model_inputs
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -351,15 +381,7 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         counts_B = inputs["rejected_counts"]
         policy: Any = self.model
         prompts, mode = len(counts_B), "train" if policy.training else "eval"
-        model_inputs = _without_ours(inputs)
-        completion_mask_AT = model_inputs.pop("completion_mask")
-        labels_AT = model_inputs["input_ids"].masked_fill(completion_mask_AT == 0, -100)
-        model_inputs["use_cache"] = False
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        outputs = model(**model_inputs, labels=labels_AT, fused_lm_head=True)
-        width = labels_AT.shape[1] - 1  # prompt-learning adapters put virtual tokens in front
-        logps_A = outputs.log_probs[:, -width:].sum(dim=1)
+        outputs, logps_A, model_inputs = self._answer_logps(model, inputs)
         logps_B, logps_R = logps_A[:prompts], logps_A[prompts:]
         logps_BK, there_BK = padded_rejected(logps_R, counts_B)
 
@@ -381,7 +403,8 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         if ANSWERS[-1] in model_inputs:
             hits_B = outputs.is_top1[:prompts].sum(dim=1)
         else:
-            hits_B = (outputs.is_top1[:prompts, -width:] & completion_mask_AT[:prompts, 1:].bool()).sum(dim=1)
+            answers_BT = inputs["completion_mask"][:prompts, 1:].bool()
+            hits_B = (outputs.is_top1[:prompts, -answers_BT.shape[1] :] & answers_BT).sum(dim=1)
         accuracy = (hits_B / inputs["chosen_tokens"]).sum()
         rewards = (self.beta * ratios_B.detach(), self.beta * ratios_BK.detach(), there_BK)
         extra = {"mean_token_accuracy": accuracy}
@@ -399,31 +422,41 @@ class SoftmaxDPOTrainer(GuardedTrainer, DPOTrainer):
         logs.update({f"{prefix}{name}": value for name, value in self._rewards.take(mode).items()})
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_defaults(
+            self.accelerator.unwrap_model(self.model),
+            output_dir if output_dir is not None else str(self.args.output_dir),
+        )
 
-def _without_ours(inputs: dict[str, Any]) -> dict[str, Any]:
-    ours = ("rejected_counts", "chosen_tokens", "ref_chosen_logps", "ref_rejected_logps")
-    return {name: value for name, value in inputs.items() if name not in ours}
 
-
-def _check_rows(dataset: Dataset, max_length: int | None) -> int:
+def _check_rows(dataset: Dataset, max_length: int | None, context: int | None) -> int:
     """Check every row of ids; the most rejected answers of one."""
     most, row = 1, 0
     for part in dataset.select_columns(list(ID_COLUMNS)).iter(1000):
         for values in zip(*(part[name] for name in ID_COLUMNS)):
-            most = max(most, len(_checked_row(dict(zip(ID_COLUMNS, values)), row, max_length)["rejected_ids"]))
+            checked = _checked_row(dict(zip(ID_COLUMNS, values)), row, max_length, context)
+            most = max(most, len(checked["rejected_ids"]))
             row += 1
     return most
 
 
-def _checked_row(example: dict[str, Any], row: int, max_length: int | None) -> dict[str, Any]:
+def _check_size(row: object, prompt: int, answers: list[int], max_length: int | None, context: int | None) -> None:
+    check_context(row, prompt + max(answers), context)
+    check_length(str(row), prompt, answers, max_length)
+
+
+def _checked_row(example: dict[str, Any], row: int, max_length: int | None, context: int | None) -> dict[str, Any]:
     prompt, chosen, rejected = (example[name] for name in ID_COLUMNS)
     rejected = as_answers(rejected)
     check_answers(row, prompt, chosen, rejected)
-    check_length(row, len(prompt), [len(chosen), *map(len, rejected)], max_length)
+    _check_size(row, len(prompt), [len(chosen), *map(len, rejected)], max_length, context)
     return {"rejected_ids": rejected}
 
 
-def _text_row(example: dict[str, Any], row: int, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+def _text_row(
+    example: dict[str, Any], row: int, tokenizer: Any, max_length: int | None, context: int | None
+) -> dict[str, Any]:
     """Token ids of a row of text or messages, as DPOTrainer makes them; the prompt ends where all answers agree."""
     prompt, chosen, rejected = example["prompt"], example["chosen"], as_answers(example["rejected"])
     check_answers(row, prompt, chosen, rejected)
@@ -447,12 +480,30 @@ def _text_row(example: dict[str, Any], row: int, tokenizer: Any, max_length: int
         )  # fmt: skip
     ids = [answer[shared:] for answer in whole]
     check_answers(row, prompt_ids[:shared], ids[0], ids[1:])
-    check_length(row, shared, [len(answer) for answer in ids], max_length)
+    _check_size(row, shared, [len(answer) for answer in ids], max_length, context)
     return {"prompt_ids": prompt_ids[:shared], "chosen_ids": ids[0], "rejected_ids": ids[1:]}
 
 
-def _check_models(model: Any, ref_model: Any) -> None:
+def _loaded(model: Any, ref_model: Any, args: SoftmaxDPOConfig) -> tuple[Any, Any]:
+    """Policy and reference, those that came as folders loaded."""
+    load_options: Any = args.model_init_kwargs
+    policy_comes_as_folder = isinstance(model, str | Path)
+    if policy_comes_as_folder:
+        model = load_model(model, load_options, otherwise="Seq2SeqPreferenceTrainer")
+    if isinstance(ref_model, str | Path):
+        ref_model = load_model(ref_model, load_options, otherwise="Seq2SeqPreferenceTrainer")
+    if policy_comes_as_folder:  # TRL would say that they have no effect
+        args.model_init_kwargs = None
+    return model, ref_model
+
+
+def _check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise TrainingError(f"{type(model).__name__} is an encoder-decoder: use Seq2SeqPreferenceTrainer.")
     if ref_model is not None:
-        check_same_vocabulary(model, ref_model)
+        check_same_vocabulary(model, ref_model, tokenizer)
+
+
+def _context(model: Any, ref_model: Any, peft_config: Any) -> int | None:
+    found = [context_of(model, peft_config), None if ref_model is None else context_of(ref_model)]
+    return min((context for context in found if context is not None), default=None)
