@@ -28,6 +28,7 @@ from typing import Any
 from hf_genrec.alignment.negatives import NEGATIVES, PREFIX_NEGATIVES, named_sampler
 from hf_genrec.alignment.pair_datasets import item_dataset, load_pairs, save_pairs, text_dataset
 from hf_genrec.alignment.pairs import make_pairs
+from hf_genrec.alignment.trainers.language_model import prompt_room
 from hf_genrec.alignment.trainers.seq2seq_preference import Seq2SeqPreferenceConfig, Seq2SeqPreferenceTrainer
 from hf_genrec.alignment.trainers.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from hf_genrec.cli.script_options import DataArguments, LoraArguments, parse, run_script
@@ -168,6 +169,7 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
                         before=getattr(tokenizer, "history_before", ""),
                         after=getattr(tokenizer, "history_after", ""),
                         max_history=config.max_history,
+                        max_prompt_tokens=prompt_room(model, tokenizer),
                         answer_eos=ends,
                         window=window if name == "pairs" else None,
                     )

@@ -31,6 +31,7 @@ from hf_genrec.alignment.tasks.families import TaskData
 from hf_genrec.alignment.tasks.language_mixture import language_mixture, serving_texts
 from hf_genrec.alignment.tasks.language_rows import STYLES, LanguageEncoder
 from hf_genrec.alignment.trainers.item_sft import ItemSFTConfig, ItemSFTTrainer
+from hf_genrec.alignment.trainers.language_model import context_of
 from hf_genrec.cli.script_options import DataArguments, LoraArguments, parse, run_script
 from hf_genrec.cli.script_record import as_recipe, checked_record, described_identifiers, searched
 from hf_genrec.cli.script_run import ScriptRun
@@ -187,12 +188,13 @@ def described(script: ScriptArguments, tokenizer: Any) -> tuple[str, dict[str, A
     return f"{title}; a k-means stands for the codes of {Path(script.codes).name}", *described_identifiers(tokenizer)
 
 
-def encoder_of(script: ScriptArguments, args: ItemSFTConfig, tokenizer: Any) -> LanguageEncoder:
-    """Rows as token ids."""
+def encoder_of(script: ScriptArguments, args: ItemSFTConfig, tokenizer: Any, model: Any) -> LanguageEncoder:
+    """Rows as token ids, none longer than what the model reads."""
+    length = args.max_length or 1024
     return LanguageEncoder(
         tokenizer,
         style=script.style,
-        max_length=args.max_length or 1024,
+        max_length=min(length, context_of(model) or length),
         system=script.system,
         end_items=script.end_items,
     )
@@ -238,9 +240,9 @@ def main(
     with run.stage("model"):
         base_tokenizer, base = load_base(script)
         tokenizer = extend_tokenizer(base_tokenizer, items)
-        before, after = serving_texts(encoder_of(script, args, tokenizer), windows=script.windows)
+        before, after = serving_texts(encoder_of(script, args, tokenizer, base), windows=script.windows)
         tokenizer = extend_tokenizer(base_tokenizer, items, history_before=before, history_after=after)
-        encoder = encoder_of(script, args, tokenizer)
+        encoder = encoder_of(script, args, tokenizer, base)
         start: dict[str, Any] = {"init": script.item_init, "seed": args.seed}
         if script.item_init == "text" and data.items is not None:
             start["item_texts"] = data.items.titles()

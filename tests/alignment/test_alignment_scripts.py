@@ -22,10 +22,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 from script_cases import NUM_ITEMS, ROOT, line_for, load_script, run, write_tiger, write_world
 from sft_cases import base_lm, item_lm
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from hf_genrec.alignment.pair_datasets import load_pairs, save_pairs
 from hf_genrec.alignment.rewards import ItemGroups
+from hf_genrec.alignment.trainers.language_model import prompt_room
 from hf_genrec.cli import script_run
 from hf_genrec.cli.script_run import trained_model
 from hf_genrec.data.interactions import load_data
@@ -41,6 +42,7 @@ from hf_genrec.recipes.resolver import resolve_recipe
 CONFIGS = ROOT / "examples" / "configs"
 ITEMS = {f"i{item:02d}" for item in range(NUM_ITEMS)}
 SCRIPTS = ("sft", "dpo", "grpo")
+CONTEXT = 72  # tokens, of which the wording takes about 60
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,41 @@ def test_tasks_read_columns_of_the_log_that_are_named(scripts, world, tmp_path):
     words[words.index("--tasks") + 1] = json.dumps({"next_item": {"share": 1.0}})
     with pytest.raises(RequestError, match="tasks must map families to weights"):
         run(scripts["sft"], words)
+
+
+def test_histories_are_cut_to_what_the_model_reads(scripts, world, tmp_path, monkeypatch):
+    """A base model of a short context: whole oldest items go, in rows and in pairs."""
+    base = base_lm(hidden_size=32, intermediate_size=64, max_position_embeddings=CONTEXT)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(world / "base").save_pretrained(tmp_path / "base")
+    lengths = []
+    trainer = scripts["sft"].ItemSFTTrainer
+
+    class Watching(trainer):
+        def compute_loss(self, model, inputs, *args, **more):
+            lengths.append(inputs["input_ids"].shape[1])
+            return super().compute_loss(model, inputs, *args, **more)
+
+    monkeypatch.setattr(scripts["sft"], "ItemSFTTrainer", Watching)
+    words = line_for("sft", world, tmp_path / "start", "--num_train_epochs", "1", model=tmp_path / "base")
+    words[words.index("--tasks") + 1] = '{"next_item": 1.0}'
+    run(scripts["sft"], words)
+    assert lengths and max(lengths) <= CONTEXT
+    rooms = []
+
+    def smaller(model, tokenizer):
+        rooms.append(prompt_room(model, tokenizer))
+        return 33
+
+    monkeypatch.setattr(scripts["dpo"], "prompt_room", smaller)
+    run(scripts["dpo"], line_for("dpo", world, tmp_path / "out", "--max_steps", "1", model=tmp_path / "start"))
+    assert set(rooms) == {CONTEXT - 3}  # two codes and an end token
+    pairs = load_pairs(tmp_path / "out-pairs.parquet")
+    assert max(map(len, pairs["prompt_ids"])) in (32, 33)
+    table = np.asarray(load_artifact(tmp_path / "start").tokenizer.item_token_table)
+    for row in pairs["prompt_ids"]:  # every first code is followed by its second
+        firsts, seconds = (np.isin(row, table[:, level]) for level in (0, 1))
+        assert firsts.any() and (np.flatnonzero(firsts) + 1).tolist() == np.flatnonzero(seconds).tolist()
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])

@@ -194,7 +194,7 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         if ref_model is not None:
             if not own_reference:
                 raise TrainingError("ref_model has no effect with PEFT (the adapter is the difference) or beta=0.")
-            check_same_vocabulary(model, ref_model)
+            check_same_vocabulary(model, ref_model, processing_class)
         reference = (ref_model if ref_model is not None else copy.deepcopy(model)) if own_reference else None
         beta, sync = args.beta, args.sync_ref_model
         if own_reference:

@@ -105,6 +105,15 @@ def context_of(model: Any, peft_config: Any = None) -> int | None:
     return longest - (getattr(adapter, "num_virtual_tokens", None) or 0)
 
 
+def prompt_room(model: Any, tokenizer: Any) -> int | None:
+    """Most tokens of a prompt that leave room for an item and an end token in the model's context; None: no bound.
+
+    For `max_prompt_tokens` of the pair datasets, which drop the oldest items until a prompt fits.
+    """
+    context = context_of(model)
+    return None if context is None else context - int(tokenizer.num_levels) - 1
+
+
 def check_context(row: object, length: int, context: int | None) -> None:
     """Raise TrainingError, naming the row, for one that is longer than the model's context."""
     if context is not None and length > context:

@@ -135,14 +135,14 @@ def language_model_and_tokenizer(context: Any, options: CausalLMOptions, seed: i
     return model, text_tokenizer
 
 
-def language_encoder(tokenizer: Any, options: CausalLMOptions) -> Any:
-    """The encoder of task rows that these options describe."""
+def language_encoder(tokenizer: Any, options: CausalLMOptions, context: int | None = None) -> Any:
+    """The encoder of task rows that these options describe, none longer than the model's `context`."""
     from hf_genrec.alignment.tasks.language_rows import LanguageEncoder
 
     return LanguageEncoder(
         tokenizer,
         style=options.style,
-        max_length=options.max_length,
+        max_length=min(options.max_length, context or options.max_length),
         system=options.system,
         end_items=options.end_items,
     )
@@ -221,13 +221,14 @@ def sft(
     from hf_genrec.alignment.tasks.families import TaskData
     from hf_genrec.alignment.tasks.language_mixture import language_mixture
     from hf_genrec.alignment.trainers.item_sft import ItemSFTConfig, ItemSFTTrainer
+    from hf_genrec.alignment.trainers.language_model import context_of
 
     options = options_of(job.recipe)
     split, tokenizer = job.context.split, job.tokenizer
     args = trainer_config(ItemSFTConfig, job, item_head=item_head, max_length=options.max_length)
     mixture = language_mixture(
         TaskData.from_split(job.context.data, split),
-        language_encoder(tokenizer, options),
+        language_encoder(tokenizer, options, context_of(job.model)),
         families or {"next_item": 1.0},
         max_history=args.max_history or 20,
         windows=options.windows,

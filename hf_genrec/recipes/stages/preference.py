@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from hf_genrec.alignment.negatives import named_sampler
 from hf_genrec.alignment.pair_datasets import cut_at_windows, item_dataset, save_pairs
 from hf_genrec.alignment.pairs import make_pairs, next_items, training_values
+from hf_genrec.alignment.trainers.language_model import prompt_room
 from hf_genrec.errors import RecipeError
 from hf_genrec.evaluation.evaluator import training_counts
 from hf_genrec.recipes.stages.causal_lm import options_of, trainer_config
@@ -92,6 +93,7 @@ def softmax_dpo(
             before=getattr(tokenizer, "history_before", ""),
             after=getattr(tokenizer, "history_after", ""),
             max_history=job.args.max_history,
+            max_prompt_tokens=prompt_room(job.model, tokenizer),
             answer_eos=_answer_eos(job),
             window=window,
         )
