@@ -29,7 +29,7 @@ demo: install
 WORKERS ?= 2
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not long"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not long" --durations=15
 
 check: install
 	$(BIN)/ruff format --check .
