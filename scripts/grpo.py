@@ -26,6 +26,7 @@ from hf_genrec.alignment import rewards
 from hf_genrec.alignment.pairs import next_items
 from hf_genrec.alignment.rollouts import item_prompts
 from hf_genrec.alignment.trainers.item_grpo import ItemGRPOConfig, ItemGRPOTrainer
+from hf_genrec.alignment.trainers.language_model import prompt_room
 from hf_genrec.alignment.trainers.seq2seq_grpo import Seq2SeqGRPOConfig, Seq2SeqGRPOTrainer
 from hf_genrec.cli.script_options import DataArguments, LoraArguments, parse, run_script
 from hf_genrec.cli.script_record import as_recipe, checked_record, start_recipe, with_stage
@@ -150,7 +151,8 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
         reward = reward_of(script, tokenizer, data, split, args.seed, progress)
 
     rows = part_of_rows(next_items(split.train, targets=script.targets), script.num_prompts, args.seed)
-    prompts = item_prompts(rows, tokenizer, max_history=config.max_history)
+    limits = {"max_history": config.max_history, "max_prompt_tokens": prompt_room(model, tokenizer)}
+    prompts = item_prompts(rows, tokenizer, **limits)
     run.say(f"{len(prompts):,} prompts, {args.num_generations} rollouts of each, reward {script.weights}")
 
     def build(model: Any) -> Any:
@@ -163,11 +165,7 @@ def main(script: ScriptArguments, data_args: DataArguments, *groups: Any) -> dic
         ranked = split.validation if validated else None
         trainer = Seq2SeqGRPOTrainer(build(model), reward, args, prompts, ranked, processing_class=tokenizer)
     else:
-        asked = (
-            item_prompts(with_history(split.validation), tokenizer, max_history=config.max_history)
-            if validated
-            else None
-        )
+        asked = item_prompts(with_history(split.validation), tokenizer, **limits) if validated else None
         trainer = ItemGRPOTrainer(build(model), reward, args, prompts, asked, processing_class=tokenizer)
     trained, summary = run.train(trainer, rebuild=lambda: build(open_start(script.model).model))
     if trained is None:

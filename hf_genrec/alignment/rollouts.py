@@ -232,6 +232,7 @@ def item_prompts(
     tokenizer: Any,
     *,
     max_history: int | None = None,
+    max_prompt_tokens: int | None = None,
     user_ids: Sequence[str] | None = None,
 ) -> Dataset:
     """Prompts for GRPO: histories as item tokens, exactly as `recommend` reads them.
@@ -240,13 +241,14 @@ def item_prompts(
         rows: histories and what was chosen after them (`pairs.next_items`, or a part of a split).
         tokenizer: ItemTokenizer, or an extended text tokenizer (its history template is part of the prompt).
         max_history: newest items kept.
+        max_prompt_tokens: longest prompt (`language_model.prompt_room`); the oldest items go, never a part of one.
         user_ids: user strings by `rows.users`, for tokenizers with user tokens.
 
     Returns:
         Columns `prompt` (text, for logs), `prompt_ids`, `target` (item index), `history` (item indices, uncut).
 
     Raises:
-        TrainingError: no rows, or a row without a history.
+        TrainingError: no rows, a row without a history, or no room for one item.
 
     Example:
         >>> from hf_genrec.data.sequences import Sequences
@@ -261,6 +263,16 @@ def item_prompts(
     if (rows.histories.lengths == 0).any():
         row = int((rows.histories.lengths == 0).argmax())
         raise TrainingError(f"row {row}: the history is empty; leave out rows without a history.")
+    if max_prompt_tokens is not None:
+        around = len(tokenizer.encode_item_indices([[]], padding=False, return_tensors=None)["input_ids"][0])
+        fitting = (max_prompt_tokens - around - int(user_ids is not None)) // int(tokenizer.num_levels)
+        if fitting < 1:
+            raise TrainingError(
+                f"max_prompt_tokens is {max_prompt_tokens}, but the template has {around} tokens and an item up to "
+                f"{tokenizer.num_levels}: shorten history_before and history_after of the tokenizer, or take a model that reads "
+                "more."
+            )
+        max_history = fitting if max_history is None else min(max_history, fitting)
     ids: list[list[int]] = []
     for start in range(0, len(rows), _ROWS_ENCODED):
         span = range(start, min(start + _ROWS_ENCODED, len(rows)))

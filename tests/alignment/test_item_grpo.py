@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_genrec.alignment.rewards import ItemReward, RankReward, RuleReward
 from hf_genrec.alignment.rollouts import item_prompts
 from hf_genrec.alignment.trainers.item_grpo import ItemGRPOConfig, ItemGRPOTrainer, restricted_log_probs
+from hf_genrec.alignment.trainers.language_model import prompt_room
 from hf_genrec.alignment.trainers.shared_prompts import packed_answers
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.data.splits import EvaluationSet
@@ -394,3 +395,21 @@ def test_bad_options_and_data(tmp_path):
         trainer_of(tmp_path, dataset=data)
     with pytest.raises(IncompatibleComponentsError, match="the reference has 24"):
         trainer_of(tmp_path, ref_model=causal_lm(extra=8))
+
+
+def test_prompts_fit_the_context(tmp_path):
+    """Prompts lose whole oldest items where they are made; rows that are too long are named where they are trained on."""
+    model = causal_lm(max_position_embeddings=9)
+    whole = prompts(12)
+    tokenizer, levels = TOKENIZER, TOKENIZER.num_levels
+    long = next(row for row, ids in enumerate(whole["prompt_ids"]) if len(ids) + levels > 9)
+    with pytest.raises(TrainingError, match=f"row {long} has .* but the model reads at most 9"):
+        trainer_of(tmp_path, model, dataset=whole)
+    rows = EvaluationSet(np.arange(12), Sequences.from_rows(whole["history"]), np.array(whole["target"]))
+    fitted = item_prompts(rows, tokenizer, max_prompt_tokens=prompt_room(model, tokenizer))
+    for cut, ids in zip(fitted["prompt_ids"], whole["prompt_ids"]):
+        assert len(cut) <= 9 - levels - 1 and cut[-levels:] == ids[-levels:] and (len(ids) - len(cut)) % levels == 0
+    assert fitted["history"] == whole["history"]  # what was seen stays known
+    trainer_of(tmp_path, model, dataset=fitted)
+    with pytest.raises(TrainingError, match="max_prompt_tokens is 1, but the template has"):
+        item_prompts(rows, tokenizer, max_prompt_tokens=1)

@@ -50,6 +50,7 @@ from hf_genrec.generation.trie import ItemTrie
 
 from .adapter_reference import whole_reference_adapter
 from .guarded import GuardedTrainer, GuardOptions, guard_callbacks
+from .language_model import check_context, context_of
 from .preference_loss import check_same_vocabulary
 from .shared_prompts import packed_answers
 
@@ -188,6 +189,7 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         self._pending: list[dict[str, Any]] | None = None
         self._drawn: torch.Tensor | None = None
         self._keeps_few = "logits_to_keep" in inspect.signature(base.forward).parameters
+        reads = context_of(model, kwargs.get("peft_config"))
         args.max_completion_length = len(processing_class.codebook_sizes) + int(args.answer_eos)
         # TRL would load the reference from the policy's folder: it is made here, after everything else
         own_reference = bool(args.beta) and not (is_peft_model(model) or kwargs.get("peft_config"))
@@ -205,8 +207,8 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
                     model=model,
                     reward_funcs=list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs],
                     args=args,
-                    train_dataset=self._prepared(train_dataset, processing_class, "train", self._rollouts),
-                    eval_dataset=self._prepared(eval_dataset, processing_class, "eval", evaluated),
+                    train_dataset=self._prepared(train_dataset, processing_class, "train", self._rollouts, reads),
+                    eval_dataset=self._prepared(eval_dataset, processing_class, "eval", evaluated, reads),
                     processing_class=processing_class,
                     callbacks=[*guard_callbacks(args), DrawCounter(), *(callbacks or [])],
                     **kwargs,
@@ -234,9 +236,12 @@ class ItemGRPOTrainer(GuardedTrainer, GRPOTrainer):
         )
 
     @staticmethod
-    def _prepared(dataset: Any, tokenizer: Any, name: str, search: ItemRollouts) -> Any:
+    def _prepared(dataset: Any, tokenizer: Any, name: str, search: ItemRollouts, context: int | None) -> Any:
         if dataset is None:
             return None
+        if context is not None and "prompt_ids" in (dataset.column_names or ()):
+            for row, ids in enumerate(dataset["prompt_ids"]):
+                check_context(row, len(ids) + int(tokenizer.num_levels), context)
         prompts = ("prompt",) if "prompt" in (dataset.column_names or ()) else ("prompt_ids",)
         check_prompts(dataset, tokenizer, name, (*prompts, "target"))
         dataset = search.usable_prompts(dataset, name)

@@ -163,7 +163,8 @@ def grpo(
     check_grpo(job, {"reward": reward, "sft_weight": sft_weight, "logprobs": logprobs})
     split, tokenizer, evaluated = job.context.split, job.tokenizer, _eval_strategy(job)
     rows = part_of_rows(next_items(split.train, targets=targets), prompts, job.args.seed)  # type: ignore[arg-type]
-    dataset = item_prompts(rows, tokenizer, max_history=job.args.max_history)
+    limits = {"max_history": job.args.max_history, "max_prompt_tokens": prompt_room(job.model, tokenizer)}
+    dataset = item_prompts(rows, tokenizer, **limits)
     function = _reward(job, reward, reward_features)
     shared: dict[str, Any] = {"num_generations": num_generations, "beta": beta, "rollouts": rollouts}
     shared["add_target"] = add_target
@@ -186,7 +187,7 @@ def grpo(
     asked = None
     if evaluated != "no":
         held_out = part_of_rows(with_history(split.validation), job.args.eval_users, 0)
-        asked = item_prompts(held_out, tokenizer, max_history=job.args.max_history)
+        asked = item_prompts(held_out, tokenizer, **limits)
         if "per_device_eval_batch_size" not in job.recipe.training:  # rollouts, as in training
             shared["per_device_eval_batch_size"] = num_generations
     eos = _answer_eos(job)
