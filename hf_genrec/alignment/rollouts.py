@@ -160,6 +160,28 @@ class ItemRollouts:
             left.append(len(sizes) - int((counts == sizes[leaves]).sum()))  # a shared code goes with its last item
         return np.array(left, np.int64) >= self.size
 
+    def usable_rows(
+        self, histories: Sequence[np.ndarray], targets: Sequence[int] | None, rows: str, option: str, outcome: str
+    ) -> np.ndarray:
+        """Numbers of the rows with `enough_left`; a warning counts the others.
+
+        Args:
+            rows, option, outcome: what the rows are, whose number G is, and what becomes of the others, for messages.
+
+        Raises:
+            TrainingError: no row is left.
+        """
+        enough = self.enough_left(histories, targets)
+        if not enough.all():
+            what = (
+                f"{int((~enough).sum())} of {len(enough)} {rows} have histories that leave fewer than {option}={self.size} "
+                "items of the catalogue"
+            )
+            if not enough.any():
+                raise TrainingError(f"{what}: lower {option}, or keep seen items (exclude_seen=False).")
+            logger.warning("%s: %s.", what, outcome)
+        return np.flatnonzero(enough)
+
     def usable_prompts(self, dataset: Any, name: str) -> Any:
         """The prompts that leave G items to draw, before a training starts that would stop at the first other one.
 
@@ -177,17 +199,9 @@ class ItemRollouts:
             raise TrainingError(
                 f"exclude_seen leaves out the items of histories: give the {name} dataset a `history` column."
             )
-        enough = self.enough_left(dataset["history"][:], dataset["target"][:])
-        if enough.all():
-            return dataset
-        what = (
-            f"{int((~enough).sum())} of {len(enough)} prompts of the {name} dataset have histories that leave fewer than "
-            f"num_generations={self.size} items of the catalogue"
-        )
-        if not enough.any():
-            raise TrainingError(f"{what}: lower num_generations, or keep seen items (exclude_seen=False).")
-        logger.warning("%s: they are left out.", what)
-        return dataset.select(np.flatnonzero(enough))
+        words = f"prompts of the {name} dataset", "num_generations", "they are left out"
+        usable = self.usable_rows(dataset["history"][:], dataset["target"][:], *words)
+        return dataset if len(usable) == len(dataset) else dataset.select(usable)
 
     def _groups(
         self, items_BX: torch.Tensor, scores_BX: torch.Tensor, trie: ItemTrie, targets: Sequence[int] | None

@@ -11,7 +11,6 @@ Shape legend: M requests, P requests with a pair, N candidates, K rejected items
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,6 @@ from hf_genrec.generation.recommend import recommendation_config_of
 from .negatives import NegativeSampler, self_play_negatives
 from .rollouts import ItemRollouts
 
-logger = logging.getLogger(__name__)
 _SMALLEST_GAP = 1e-9  # between the rewards of chosen and rejected
 
 
@@ -107,7 +105,9 @@ class RewardPairs:
         search = ItemRollouts(
             tokenizer, self.num_candidates, exclude_seen=self.exclude_seen, restrict_to_level=restrict
         )
-        drawn_P = self._with_candidates(search, rows, _draw(len(rows), self.share, self.seed, iteration))
+        drawn_P = _draw(len(rows), self.share, self.seed, iteration)
+        words = "requests", "num_candidates", "they get no pair"
+        drawn_P = drawn_P[search.usable_rows([rows.histories[row] for row in drawn_P], None, *words)]
         items, scores = [], []
         for start in range(0, len(drawn_P), self.batch_size):
             batch = [np.asarray(rows.histories[row], np.int64) for row in drawn_P[start : start + self.batch_size]]
@@ -142,18 +142,6 @@ class RewardPairs:
                 "reward_rejected": float(scores_PN[keep, worst_P[keep]].mean()),
             },
         )
-
-    def _with_candidates(self, search: ItemRollouts, rows: EvaluationSet, drawn: np.ndarray) -> np.ndarray:
-        enough = search.enough_left([rows.histories[row] for row in drawn])
-        if not enough.all():
-            what = (
-                f"{int((~enough).sum())} of {len(drawn)} requests have histories that leave fewer than "
-                f"num_candidates={self.num_candidates} items of the catalogue"
-            )
-            if not enough.any():
-                raise TrainingError(f"{what}: lower num_candidates, or keep seen items (exclude_seen=False).")
-            logger.warning("%s: they get no pair.", what)
-        return drawn[enough]
 
 
 Stage = NegativeSampler | Callable[[Any, Any], NegativeSampler]

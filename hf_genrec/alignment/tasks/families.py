@@ -21,6 +21,7 @@ from hf_genrec.errors import TrainingError
 from .fill import ITEM_FIELDS, Example, clipped, fill
 from .templates import Template, wordings
 
+LIKED = 0.8  # of the highest rating: 4 of 5 stars
 # columns of an interaction log that hold what a field needs, in order of preference; others are named by the caller
 COLUMNS: dict[str, tuple[str, ...]] = {
     "rating": ("rating", "stars", "overall"),
@@ -318,7 +319,7 @@ def _stars_yes_no(examples: FamilyExamples, values: dict[str, Any], row: int, it
 
 def _like(examples: FamilyExamples, values: dict[str, Any], row: int, item: int, generator: Any) -> None:
     """At least four fifths of the highest rating is a like: 4 of 5 stars, as in the paper's code."""
-    values["answer"] = "like" if values["rating"] >= 0.8 * examples.stars.max() else "dislike"
+    values["answer"] = "like" if values["rating"] >= LIKED * examples.stars.max() else "dislike"
 
 
 _QUESTIONS: dict[str, Callable[..., None]] = {

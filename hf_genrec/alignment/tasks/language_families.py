@@ -21,7 +21,7 @@ import numpy as np
 
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 
-from .families import TaskData, filled
+from .families import LIKED, TaskData, filled
 from .fill import Example, clipped
 from .language_rows import Conversation, History, Segment
 from .requested import unknown_family
@@ -33,7 +33,6 @@ ITEM_FAMILIES = ("item_to_index", "index_to_item")  # asked about items, the oth
 TOKEN_FIELDS = {"history", "item", "next"}  # need item tokens in the vocabulary
 MAX_TITLE, MAX_DESCRIPTION = 150, 400  # characters, cut at a blank: our choice, LlamaRec cuts titles at 32 tokens
 NUM_CANDIDATES = 20  # as in LLaRA, S-DPO and LlamaRec
-LIKED = 0.8  # of the highest rating: 4 of 5 stars
 
 
 def language_fields(data: TaskData, *, items: bool = True) -> set[str]:

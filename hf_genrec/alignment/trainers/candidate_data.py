@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 
 from hf_genrec.alignment.negatives import NegativeSampler
 from hf_genrec.alignment.preference_rows import check_answers
+from hf_genrec.alignment.tasks.families import LIKED
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.errors import TrainingError
 from hf_genrec.models.candidate_ranker.prompts import PromptRow, PromptWriter, padded
 
 _IGNORED = -100
 _AT_ONCE = 4096  # rows whose negatives are drawn together
-LIKED = 0.8  # of the highest rating: 4 of 5 stars
 
 
 class CandidateDataset(Dataset):
