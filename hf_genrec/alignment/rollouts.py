@@ -241,6 +241,17 @@ def answer_tokens(tokenizer: Any, items: Any, *, eos: bool = False) -> list[list
     return [row[row >= 0].tolist() + end for row in np.asarray(tokenizer.item_token_table)[np.asarray(items, np.int64)]]
 
 
+def items_within(tokenizer: Any, max_tokens: int, with_user: bool) -> tuple[int, int]:
+    """Newest items of a history whose prompt has at most `max_tokens` tokens, and the tokens that stand around them.
+
+    Args:
+        with_user: prompts begin with a user token, where the tokenizer has such tokens.
+    """
+    around = len(tokenizer.encode_item_indices([[]], padding=False, return_tensors=None)["input_ids"][0])
+    around += int(with_user and tokenizer.num_user_tokens > 0)
+    return (max_tokens - around) // int(tokenizer.num_levels), around
+
+
 def item_prompts(
     rows: EvaluationSet,
     tokenizer: Any,
@@ -278,8 +289,7 @@ def item_prompts(
         row = int((rows.histories.lengths == 0).argmax())
         raise TrainingError(f"row {row}: the history is empty; leave out rows without a history.")
     if max_prompt_tokens is not None:
-        around = len(tokenizer.encode_item_indices([[]], padding=False, return_tensors=None)["input_ids"][0])
-        fitting = (max_prompt_tokens - around - int(user_ids is not None)) // int(tokenizer.num_levels)
+        fitting, around = items_within(tokenizer, max_prompt_tokens, user_ids is not None)
         if fitting < 1:
             raise TrainingError(
                 f"max_prompt_tokens is {max_prompt_tokens}, but the template has {around} tokens and an item up to "

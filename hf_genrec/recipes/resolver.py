@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hf_genrec.errors import IncompatibleComponentsError, RecipeError
+from hf_genrec.errors import IncompatibleComponentsError, RecipeError, TrainingError
 from hf_genrec.generation.strategies import DECODING_STRATEGIES
 from hf_genrec.identifiers.collisions import COLLISION_POLICIES, check_collision_options
 from hf_genrec.recipes.components import FEATURES, LOSSES, METHODS, MODELS, QUANTIZERS, Component
@@ -352,12 +352,27 @@ def _check_method(where: str, model_type: str, model: Component, training: dict[
             raise IncompatibleComponentsError(
                 f"{where}: {place}.method {name!r} needs a model that gives {wanted}, and {model_type!r} does not."
             )
+        if options.get("families"):
+            _check_families(f"{where}: {place}", name, options["families"])
 
     check("training", training.get("method", "next_item"), training.get("method_options") or {}, {})
     if training.get("method") == "stages":
         from hf_genrec.recipes.stages.staged import check_stages
 
         check_stages((training.get("method_options") or {}).get("stages"), check)
+
+
+def _check_families(where: str, method: str, families: dict[str, Any]) -> None:
+    """The task families exist: said before identifiers are made, which takes long."""
+    from hf_genrec.alignment.tasks.requested import check_family
+    from hf_genrec.alignment.tasks.templates import FAMILIES
+    from hf_genrec.alignment.tasks.templates_language import LANGUAGE_FAMILIES
+
+    for family in families:
+        try:
+            check_family(family, FAMILIES if method == "tasks" else FAMILIES + LANGUAGE_FAMILIES)
+        except TrainingError as error:
+            raise RecipeError(f"{where}: {error}") from error
 
 
 def _given(identifiers: dict[str, Any]) -> frozenset[str]:

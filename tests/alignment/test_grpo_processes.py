@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from process_cases import written
 
 from hf_genrec.artifacts import verify_manifest
-
-DRIVER = Path(__file__).with_name("grpo_driver.py")
-
-
-def run(folder: Path, processes: int, *sizes: int) -> dict[str, list[list[float]]]:
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, str(DRIVER), str(folder), *map(str, sizes)],
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "logs.json").read_text())
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    one, two = run(tmp_path / "one", 1, 8, 4), run(tmp_path / "two", 2, 4, 2)
+    one = written("grpo_driver.py", tmp_path / "one", 8, 4, processes=1)
+    two = written("grpo_driver.py", tmp_path / "two", 4, 2, processes=2)
     assert one.keys() == two.keys() and len(one) == 5
     for name in one:
         assert len(one[name]) == len(two[name]) > 1

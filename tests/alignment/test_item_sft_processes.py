@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-DRIVER = Path(__file__).with_name("item_sft_driver.py")
-
-
-def run(folder: Path, processes: int, size: int) -> list[list[float]]:
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    subprocess.run(
-        [*command, str(DRIVER), str(folder), str(size)],
-        check=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
-        capture_output=True,
-    )
-    return json.loads((folder / "logs.json").read_text())
+from process_cases import written
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    one, two = run(tmp_path / "one", 1, 8), run(tmp_path / "two", 2, 4)
+    one = written("item_sft_driver.py", tmp_path / "one", 8, processes=1)
+    two = written("item_sft_driver.py", tmp_path / "two", 4, processes=2)
     assert len(one) == len(two) > 4
     for mine, other in zip(one, two):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_genrec.generation.recommend import RecommendationMixin
+from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 
 
 class TableModel(RecommendationMixin):
@@ -74,3 +75,18 @@ def random_codes():
         return codes
 
     return make
+
+
+@pytest.fixture
+def tokenizer(random_codes):
+    """60 items of three levels (6, 5, 4); items 10..13 and 20 share a code."""
+    codes = random_codes(60, (6, 5, 4), seed=3)
+    codes[10:14] = codes[20]
+    return ItemTokenizer.from_codes([f"item-{i}" for i in range(60)], codes, (6, 5, 4))
+
+
+@pytest.fixture
+def histories():
+    """Five histories of the catalogue of `tokenizer`."""
+    rng = np.random.default_rng(0)
+    return [[f"item-{i}" for i in rng.integers(0, 60, length)] for length in (1, 3, 9, 2, 20)]

@@ -9,22 +9,8 @@ import torch
 from hf_genrec.errors import IncompatibleComponentsError, RequestError, UnknownItemError
 from hf_genrec.generation.recommend import RecommendationConfig
 from hf_genrec.generation.trie import ItemTrie
-from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 
 SIZES = (6, 5, 4)
-
-
-@pytest.fixture
-def tokenizer(random_codes):
-    codes = random_codes(60, SIZES, seed=3)
-    codes[10:14] = codes[20]  # items 10..13 and 20 share a code
-    return ItemTokenizer.from_codes([f"item-{i}" for i in range(60)], codes, SIZES)
-
-
-@pytest.fixture
-def histories():
-    rng = np.random.default_rng(0)
-    return [[f"item-{i}" for i in rng.integers(0, 60, length)] for length in (1, 3, 9, 2, 20)]
 
 
 def ids(lists):

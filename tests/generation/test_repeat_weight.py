@@ -14,25 +14,14 @@ from hf_genrec.evaluation.recommenders import ModelRecommender
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import recommend
 from hf_genrec.generation.trie import ItemTrie
-from hf_genrec.identifiers.tokenization_item import ItemTokenizer
 from hf_genrec.recipes.weights import REPEAT_WEIGHTS, choose_repeat_weight, choose_weights
 
 SIZES = (6, 5, 4)
 
 
 @pytest.fixture
-def tokenizer(random_codes):
-    codes = random_codes(60, SIZES, seed=3)
-    codes[10:14] = codes[20]  # items 10..13 and 20 share a code
-    return ItemTokenizer.from_codes([f"item-{i}" for i in range(60)], codes, SIZES)
-
-
-@pytest.fixture
-def histories():
-    rng = np.random.default_rng(0)
-    return [[f"item-{i}" for i in rng.integers(0, 60, length)] for length in (1, 3, 9, 2, 20)] + [
-        ["item-10", "item-20"]
-    ]
+def histories(histories):
+    return [*histories, ["item-10", "item-20"]]
 
 
 def number(item_id: str) -> int:

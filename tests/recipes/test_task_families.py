@@ -19,7 +19,7 @@ from hf_genrec.alignment.tasks.templates import FAMILIES
 from hf_genrec.alignment.tasks.templates_language import LANGUAGE_FAMILIES, language_wordings
 from hf_genrec.data.interactions import load_data
 from hf_genrec.data.splits import make_split
-from hf_genrec.errors import TrainingError
+from hf_genrec.errors import RecipeError, TrainingError
 from hf_genrec.recipes.components import METHODS
 from hf_genrec.recipes.dry_run import dry_run
 from hf_genrec.recipes.resolver import resolve_recipe
@@ -143,9 +143,9 @@ def test_the_bare_data_feed_some_families_and_not_others(bare):
         ("p5", "candidates", "training method sft"),
     ],
 )
-def test_unknown_families_are_named_with_the_nearest(recipe, name, message, everything):
-    with pytest.raises(TrainingError, match=f"unknown task family '{name}'.*{message}"):
-        dry_run(recipe_with({name: 1.0}, recipe), *everything)
+def test_unknown_families_are_named_with_the_nearest_before_any_work(recipe, name, message):
+    with pytest.raises(RecipeError, match=f"unknown task family '{name}'.*{message}"):
+        resolve_recipe(recipe, {"training.method_options": {"families": {name: 1.0}}})
 
 
 def test_kinds_can_be_named_too(everything):

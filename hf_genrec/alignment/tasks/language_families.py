@@ -24,7 +24,7 @@ from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from .families import LIKED, TaskData, filled
 from .fill import Example, clipped
 from .language_rows import Conversation, History, Segment
-from .requested import unknown_family
+from .requested import check_family
 from .templates_language import LANGUAGE_FAMILIES, Wording, language_wordings
 
 logger = logging.getLogger(__name__)
@@ -124,11 +124,7 @@ class LanguageFamily:
         )
         self.max_description = int(max_description)
         name, _, kind = family.partition(":")
-        if not language_wordings(name, kind or None):
-            kinds = dict.fromkeys(wording.kind for wording in language_wordings(name))
-            if not kinds:
-                raise unknown_family(family, LANGUAGE_FAMILIES)
-            raise TrainingError(f"unknown task family {family!r}: its kinds are {', '.join(kinds)}.")
+        check_family(family, LANGUAGE_FAMILIES)
         if name == "candidate_letters" and not 2 <= num_candidates <= 26:
             raise IncompatibleComponentsError(
                 f"task family {family!r}: num_candidates is {num_candidates}: letters allow 2 to 26"

@@ -38,9 +38,9 @@ from .language_families import (
 )
 from .language_rows import LanguageEncoder, LanguageRow, Segment
 from .mixture import mixture_counts
-from .requested import family_weights, lacking, unknown_family, with_reasons
+from .requested import check_family, family_weights, lacking, with_reasons
 from .templates import FAMILIES
-from .templates_language import LANGUAGE_FAMILIES, SERVING_WORDING, Wording, language_wordings
+from .templates_language import SERVING_WORDING, Wording, language_wordings
 
 logger = logging.getLogger(__name__)
 
@@ -272,18 +272,14 @@ def feedable(names: Sequence[str], data: TaskData | Mapping[str, TaskData], *, i
     fed = data if isinstance(data, Mapping) else dict.fromkeys(names, data)
     missing: dict[str, list[str]] = {}
     for name in names:
+        check_family(name)
         family, _, kind = name.partition(":")
         if name in FAMILIES:
             fine, lacks = items and bool(usable(name, fed[name])), lacking(name, fed[name])
-        elif language_wordings(family, kind or None):
+        else:
             fine = bool(usable_wordings(family, fed[name], kind or None, items=items))
             wanted: set[str] = set().union(*(w.fields() for w in language_wordings(family, kind or None)))
             lacks = sorted(wanted - language_fields(fed[name], items=items))
-        elif family in LANGUAGE_FAMILIES:
-            kinds = dict.fromkeys(wording.kind for wording in language_wordings(family))
-            raise TrainingError(f"unknown task family {name!r}: its kinds are {', '.join(kinds)}.")
-        else:
-            raise unknown_family(name, FAMILIES + LANGUAGE_FAMILIES)
         if not fine:
             missing[name] = lacks or ["item tokens in its tokenizer" if not items else "use for its wordings"]
     return with_reasons(names, missing)

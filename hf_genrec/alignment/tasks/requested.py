@@ -15,16 +15,27 @@ from hf_genrec.errors import TrainingError
 
 from .families import TaskData, needs, usable
 from .templates import FAMILIES, wordings
-from .templates_language import LANGUAGE_FAMILIES
+from .templates_language import LANGUAGE_FAMILIES, language_wordings
 
 logger = logging.getLogger(__name__)
 
 
-def unknown_family(name: str, known: Sequence[str], more: str = "") -> TrainingError:
-    """The error for a family that is not in the list, with the nearest one."""
-    near = nearest_names(name, known, [name.partition(":")[0]])
+def check_family(name: str, known: Sequence[str] = FAMILIES + LANGUAGE_FAMILIES) -> None:
+    """The name is one of the known families, or "family:kind" of one for language models.
+
+    Raises:
+        TrainingError: an unknown family (the nearest is named) or an unknown kind.
+    """
+    family, _, kind = name.partition(":")
+    if (name in known and name in FAMILIES) or (family in known and language_wordings(family, kind or None)):
+        return
+    if family in known and family in LANGUAGE_FAMILIES:
+        kinds = dict.fromkeys(wording.kind for wording in language_wordings(family))
+        raise TrainingError(f"unknown task family {name!r}: its kinds are {', '.join(kinds)}.")
+    near = nearest_names(name, known, [family])
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return TrainingError(f"unknown task family {name!r}: choose of {', '.join(known)}{hint}{more}")
+    other = " It is one for language models: training method sft." if family in LANGUAGE_FAMILIES else ""
+    raise TrainingError(f"unknown task family {name!r}: choose of {', '.join(known)}{hint}{other}")
 
 
 def family_weights(families: Mapping[str, Any], data: TaskData) -> tuple[dict[str, float], dict[str, TaskData]]:
@@ -63,10 +74,7 @@ def usable_families(names: Sequence[str], data: TaskData | Mapping[str, TaskData
         TrainingError: an unknown family, or none is left (what it lacks is named).
     """
     for name in names:
-        if name not in FAMILIES:
-            language = name.partition(":")[0] in LANGUAGE_FAMILIES
-            other = " It is one for language models: training method sft." if language else ""
-            raise unknown_family(name, FAMILIES, other)
+        check_family(name, FAMILIES)
     fed = data if isinstance(data, Mapping) else dict.fromkeys(names, data)
     missing = {name: lacking(name, fed[name]) for name in names if not usable(name, fed[name])}
     return with_reasons(names, missing)

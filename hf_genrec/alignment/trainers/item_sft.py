@@ -39,6 +39,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from hf_genrec.alignment.adapters import unbind_forward
+from hf_genrec.alignment.rollouts import items_within
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import IncompatibleComponentsError, TrainingError
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
@@ -275,9 +276,8 @@ class ItemSFTTrainer(GuardedTrainer, SFTTrainer):
         limit = min((size for size in (self.args.max_length, self._context) if size is not None), default=None)
         if limit is None or not isinstance(ranking, RankingDataset) or not len(ranking):
             return asked
-        around = len(tokenizer.encode_item_indices([[]], padding=False, return_tensors=None)["input_ids"][0])
-        around += int(self._user_ids is not None and tokenizer.num_user_tokens > 0)
-        fitting = (limit - around) // tokenizer.num_levels - 1  # the answer stands behind them
+        fitting, around = items_within(tokenizer, limit, self._user_ids is not None)
+        fitting -= 1  # the answer stands behind them
         if fitting < 1:
             raise TrainingError(
                 f"a prompt of one item has {around + tokenizer.num_levels} tokens and its answer {tokenizer.num_levels}, more "
