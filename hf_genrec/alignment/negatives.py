@@ -397,13 +397,14 @@ class BeamNegatives(NegativeSampler):
         return encoded["input_ids"], encoded["attention_mask"]
 
     def _fill(self, draw: _Draw, rng: np.random.Generator) -> None:
-        restrict = self.restrict_to_level
-        if restrict is None:
-            restrict = recommendation_config_of(self.model).restrict_to_level
+        served = recommendation_config_of(self.model)
+        restrict = served.restrict_to_level if self.restrict_to_level is None else self.restrict_to_level
         decoder = scorer_for(self.model, self.tokenizer, restrict_to_level=restrict)
         trie = ItemTrie.from_tokenizer(self.tokenizer, decoder.device)
         wanted = min(self.num_items, draw.k * trie.max_items_per_leaf)  # items of one code count once
-        config = RecommendationConfig(k=wanted, num_beams=max(self.num_beams, wanted), exclude_seen=False)
+        config = RecommendationConfig(
+            k=wanted, num_beams=max(self.num_beams, wanted), exclude_seen=False, renormalize=served.renormalize
+        )
         slots = None if self._range is None else self._range.slots(draw.chosen_M)
         rows_m = draw.open_rows
         with evaluating(decoder), evaluating(self.model):

@@ -99,11 +99,13 @@ class RewardPairs:
             TrainingError: the reward has another shape or is not finite, tells no candidates apart for any request, or no
                 request has N candidates.
         """
-        restrict = self.restrict_to_level
-        if restrict is None:
-            restrict = recommendation_config_of(model).restrict_to_level
+        served = recommendation_config_of(model)
         search = ItemRollouts(
-            tokenizer, self.num_candidates, exclude_seen=self.exclude_seen, restrict_to_level=restrict
+            tokenizer,
+            self.num_candidates,
+            exclude_seen=self.exclude_seen,
+            restrict_to_level=served.restrict_to_level if self.restrict_to_level is None else self.restrict_to_level,
+            renormalize=served.renormalize,
         )
         drawn_P = _draw(len(rows), self.share, self.seed, iteration)
         words = "requests", "num_candidates", "they get no pair"

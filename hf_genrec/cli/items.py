@@ -22,8 +22,8 @@ def add_items_parser(commands: Any) -> None:
     items.add_argument("--items", help="add: item table of the new items (item_id, title, ...) as a file")
     items.add_argument(
         "--vectors",
-        help="add: their vectors as .npy (rows as in --items), .npz or .parquet, as the quantizer was fitted on; default: made "
-        "from the item table as in training",
+        help="add: their vectors as .npy or .safetensors (rows as in --items), .npz or .parquet, as the quantizer was fitted on; "
+        "default: made from the item table as in training",
     )
     items.add_argument("--model_features", help="add, with --vectors: input features of the model, a file likewise")
     items.add_argument("--ids", help="remove: item ids separated by commas")

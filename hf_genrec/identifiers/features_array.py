@@ -1,7 +1,7 @@
 """Item vectors supplied as a file: image embeddings, another model's output, any array; checked row by row.
 
-Formats: `.npy` (one row per item in catalogue order, or a file of ids beside it), `.npz` with arrays `ids` and `vectors`,
-Parquet with a column of ids and a column of lists. Arrays only: no pickle is opened.
+Formats: `.npy` and `.safetensors` (one row per item in catalogue order, or a file of ids beside it), `.npz` with arrays `ids`
+and `vectors`, Parquet with a column of ids and a column of lists. Arrays only: no pickle is opened.
 
 Shape legend: N items, R rows of the file, E dimensions.
 """
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from ..errors import ItemTableError
+
+FORMATS = ".npy, .safetensors, .npz or .parquet"
 
 
 def read_vectors(
@@ -23,8 +26,9 @@ def read_vectors(
     """Ids (None for rows in catalogue order) and vectors float32 (R, E) of a file.
 
     Args:
-        ids: for `.npy`: a text file with one id per row.
-        id_column, vector_column: of a Parquet file; by default `item_id` and the only column of lists.
+        ids: for `.npy` and `.safetensors`: a text file with one id per row.
+        id_column, vector_column: of a Parquet file; by default `item_id` and the only column of lists. `vector_column` is
+            also the name of the tensor in a `.safetensors` file; by default the only one.
 
     Raises:
         ItemTableError: no such file, another format, no matrix of numbers, a row that is not finite, or ids that do not
@@ -32,15 +36,15 @@ def read_vectors(
     """
     path = Path(path)
     if not path.is_file():
-        raise ItemTableError(f"{path}: no such file; give a .npy, .npz or .parquet file of item vectors")
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".parquet": _read_parquet}
+        raise ItemTableError(f"{path}: no such file; give a file of item vectors: {FORMATS}")
+    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".npz": _read_npz, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
-        raise ItemTableError(f"{path}: item vectors are read from .npy, .npz and .parquet files, not {path.suffix!r}")
+        raise ItemTableError(f"{path}: item vectors are read from {FORMATS} files, not {path.suffix!r}")
     try:
         found, values = readers[path.suffix.lower()](path, ids, id_column, vector_column)
     except ItemTableError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # what numpy and arrow raise for a damaged file
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # what the readers raise for a damaged file
         raise ItemTableError(f"{path}: cannot be read as item vectors ({error}); save it again") from error
     if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
         raise ItemTableError(f"{path}: vectors are {values.dtype} {values.shape}, not a matrix with one row per item")
@@ -97,12 +101,30 @@ def vectors_of_items(
 
 
 def _read_npy(path: Path, ids: Any, id_column: str, vector_column: str | None) -> tuple[list[str] | None, np.ndarray]:
-    values = np.load(path, allow_pickle=False)
+    return _listed(ids), np.load(path, allow_pickle=False)
+
+
+def _read_safetensors(
+    path: Path, ids: Any, id_column: str, vector_column: str | None
+) -> tuple[list[str] | None, np.ndarray]:
+    with safe_open(str(path), framework="pt") as tensors:
+        names = sorted(tensors.keys())
+        name = names[0] if vector_column is None and len(names) == 1 else vector_column
+        if name not in names:
+            wrong = "more than one tensor" if vector_column is None else f"no tensor {vector_column!r}"
+            raise ItemTableError(f"{path}: {wrong}; found {names}. Set vector_column to one of them")
+        tensor = tensors.get_tensor(name)
+    # numpy has no bfloat16
+    return _listed(ids), (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _listed(ids: Any) -> list[str] | None:
+    """The ids of a text file, one per line."""
     if ids is None:
-        return None, values
+        return None
     if not Path(ids).is_file():
         raise ItemTableError(f"{ids}: no such file; give one item id per line")
-    return [line.rstrip("\r") for line in Path(ids).read_text("utf-8").removesuffix("\n").split("\n")], values
+    return [line.rstrip("\r") for line in Path(ids).read_text("utf-8").removesuffix("\n").split("\n")]
 
 
 def _read_npz(path: Path, ids: Any, id_column: str, vector_column: str | None) -> tuple[list[str] | None, np.ndarray]:

@@ -215,10 +215,15 @@ def test_the_models_own_answers_are_those_it_is_served_with(restrict):
     assert forced(rows.histories, rows.targets, 2).tolist() == [[i for i in orders[int(not restrict)] if i in left]]
     made = named_sampler("beam", tokenizer, np.ones(4), model=model, num_negatives=2)
     assert made(rows.histories, rows.targets, 1).tolist() == [left[:1]]
+    model.recommendation_config = RecommendationConfig(renormalize=True)  # here every code is legal behind every other
+    legal = [item for item in orders[1] if item not in (1, 2)]
+    assert BeamNegatives(model, tokenizer, num_beams=4)(rows.histories, rows.targets, 2).tolist() == [legal]
     seen = []
     reward = lambda past, items_BN: seen.append(items_BN.tolist()) or items_BN * 1.0
     RewardPairs(reward, num_candidates=2, share=1.0)(model, tokenizer, rows)
-    assert seen == [[[item for item in orders[int(restrict)] if item != 1][:2]]]
+    model.recommendation_config = RecommendationConfig(restrict_to_level=restrict)
+    RewardPairs(reward, num_candidates=2, share=1.0)(model, tokenizer, rows)
+    assert seen == [[[item for item in order if item != 1][:2]] for order in (orders[1], orders[int(restrict)])]
 
 
 def test_feedback_takes_all_of_the_users_row():

@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hf_genrec.data.interactions import load_data
 from hf_genrec.data.items import ItemTable
@@ -90,12 +92,16 @@ def test_arrays_of_every_format(tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(ids) + "\n")
     np.savez(tmp_path / "named.npz", ids=np.array(ids), vectors=vectors[order])
     pq.write_table(pa.table({"item_id": ids, "image": vectors[order].tolist()}), tmp_path / "named.parquet")
+    save_file({"vectors": torch.from_numpy(vectors)}, tmp_path / "plain.safetensors")
+    save_file({"a": torch.zeros(2), "b": torch.from_numpy(vectors[order])}, tmp_path / "two.safetensors")
     expected = stages._unit_scale(vectors)
     for name, options in (
         ("plain.npy", {}),
         ("named.npy", {"ids": str(tmp_path / "ids.txt")}),
         ("named.npz", {}),
         ("named.parquet", {}),
+        ("plain.safetensors", {}),
+        ("two.safetensors", {"ids": str(tmp_path / "ids.txt"), "vector_column": "b"}),
     ):
         block = stages.array_block(made, path=str(tmp_path / name), **options)
         assert np.allclose(block.symmetric, expected, atol=1e-6), name
@@ -124,6 +130,14 @@ def test_array_errors_name_the_row(tmp_path):
     np.save(tmp_path / "o.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ItemTableError, match="cannot be read"):
         read_vectors(tmp_path / "o.npy")
+    save_file({"v": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "h.safetensors")  # numpy has no such numbers
+    assert read_vectors(tmp_path / "h.safetensors")[1].dtype == np.float32
+    save_file({"a": torch.zeros(2, 1), "b": torch.zeros(2, 1)}, tmp_path / "i.safetensors")
+    with pytest.raises(ItemTableError, match=r"more than one tensor; found \['a', 'b'\]. Set vector_column"):
+        read_vectors(tmp_path / "i.safetensors")
+    (tmp_path / "j.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ItemTableError, match="cannot be read"):
+        read_vectors(tmp_path / "j.safetensors")
     some = saved("f.npz", ["x", "z"], [[1.0], [3.0]])
     with pytest.raises(ItemTableError, match=r"1 of 2 items have no row \(first: 'y' of catalogue row 1\)"):
         vectors_of_items(some, ["x", "y"])

@@ -192,10 +192,10 @@ def array_block(
     when_missing: str = "error",
 ) -> FeatureBlock:
     """Vectors from a file: see `hf_genrec.identifiers.features_array`. Items without a row: "error" or "mean"."""
-    from hf_genrec.identifiers.features_array import vectors_of_items
+    from hf_genrec.identifiers.features_array import FORMATS, vectors_of_items
 
     if path is None:
-        raise RecipeError("features.array.path is missing: give a .npy, .npz or .parquet file of item vectors.")
+        raise RecipeError(f"features.array.path is missing: give a file of item vectors: {FORMATS}.")
     options: dict[str, Any] = {"ids": ids, "id_column": id_column, "vector_column": vector_column}
     vectors = vectors_of_items(path, context.data.item_ids, when_missing=when_missing, **options)
     vectors, _ = _scaled(vectors, dim)
