@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from .card_metadata import card_metadata, check_card_data
+from .card_metadata import base_of, card_metadata, check_card_data
 from .card_results import data_statement, identifier_health, protocol, results, summary
 from .data_terms import DATA_TERMS
 from .markdown import clean, code, fenced, inline, table
@@ -105,7 +105,7 @@ def model_card(
         model_type=facts.model_type if facts else None,
         library_name=facts.library if facts else "hf_genrec",
         metrics=metrics,
-        card_data=card_data,
+        card_data=base_of(recipe) | card_data,
     )
     nothing = "Nothing was measured: this artefact has no `metrics.json`."
     sections = {

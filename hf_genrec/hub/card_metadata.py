@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,7 +30,7 @@ CARD_DATA_KEYS: dict[str, str] = {
     "license_name": "name of a licence that the Hub has no identifier for",
     "license_link": "link to that licence",
     "language": "language codes of the item texts",
-    "base_model": "Hub id of the model this one was made from",
+    "base_model": "Hub id of the model this one was made from (default: the recipe's model.base)",
     "datasets": "Hub ids of the training data",
     "dataset_id": "Hub id of the data set the results belong to; writes .eval_results",
     "task_id": "task of that data set (default: the protocol)",
@@ -67,6 +68,12 @@ def check_card_data(card_data: Mapping[str, Any] | None) -> dict[str, Any]:
         if value is not None and (not isinstance(value, str) or not _IDENTIFIER.fullmatch(value)):
             raise ArtifactError(f"card_data[{key!r}]: {value!r} is no Hub identifier; write it like 'apache-2.0'.")
     return checked
+
+
+def base_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """`{"base_model": id}` where the recipe starts from a model of the Hub; a folder of this machine is nobody else's."""
+    base = str((recipe.get("model") or {}).get("base") or "")
+    return {"base_model": base} if "/" in base and _HUB_ID.fullmatch(base) and not Path(base).exists() else {}
 
 
 def _as_list(value: Any) -> list[Any]:

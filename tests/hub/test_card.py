@@ -50,6 +50,19 @@ def test_front_matter():
     assert headings(tokens) == HEADINGS
 
 
+def test_the_base_is_the_recipes_where_it_is_one_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+
+    def base(value, **card_data):
+        readme = model_card(model=FACTS, recipe=RECIPE | {"model": {"base": value}}, card_data=card_data)
+        return body_of(readme)[0].get("base_model")
+
+    assert base("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base("HuggingFaceTB/SmolLM2-135M-Instruct", base_model="somebody/else") == "somebody/else"
+    assert [base(value) for value in ("models/smollm2", str(tmp_path), "smollm2", "no\nid/x: 1", None)] == [None] * 5
+
+
 def test_empty_card_is_valid():
     metadata, tokens = body_of(model_card())
     assert metadata["license"] == "unknown"
