@@ -12,7 +12,8 @@ Legend: M evaluation rows, N items, K list length.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -182,7 +183,10 @@ def _recommend_all(
     lists = {setting: np.full((num_rows, k), -1, dtype=np.int64) for setting in settings}
     needs_users = getattr(recommender, "needs_users", False)
     users_M = np.asarray(evaluation_set.users)
-    with tqdm(total=num_rows, desc=label, unit="user", disable=not progress, leave=False) as bar:
+    with (
+        tqdm(total=num_rows, desc=label, unit="user", disable=not progress, leave=False) as bar,
+        _told(recommender, bar),
+    ):
         for start in range(0, num_rows, max(1, batch_size)):
             rows = np.arange(start, min(start + max(1, batch_size), num_rows))
             histories = evaluation_set.histories.take(rows)
@@ -195,8 +199,21 @@ def _recommend_all(
                 items = np.asarray(found[setting])
                 _check_lists(items, histories, k, _SETTINGS[setting], num_items, start, label)
                 lists[setting][rows] = items
-            bar.update(len(rows))
+            bar.update(start + len(rows) - bar.n)
     return lists
+
+
+@contextmanager
+def _told(recommender: Any, bar: Any) -> Iterator[None]:
+    """Inside, a recommender that works in smaller batches moves the bar with each: a language model takes minutes for ours."""
+    if not hasattr(recommender, "on_rows"):
+        yield
+        return
+    recommender.on_rows = bar.update
+    try:
+        yield
+    finally:
+        recommender.on_rows = None
 
 
 def _check_lists(

@@ -143,6 +143,7 @@ class ModelRecommender:
         self.needs_users = user_ids is not None
         self.num_items = int(tokenizer.num_items)
         self.trie = ItemTrie.from_tokenizer(tokenizer, getattr(model, "device", "cpu"))
+        self.on_rows: Callable[[int], Any] | None = None  # told how many rows each batch had, for a progress bar
 
     def recommend_topk(
         self, histories: Sequences, k: int, exclude_seen: bool, users: np.ndarray | None = None
@@ -175,6 +176,8 @@ class ModelRecommender:
             known = [(seen, None) if remove else (None, seen) for remove in settings]
             for items_Mk, items_Bk in zip(found, self._search(inputs, min(k, self.num_beams), known)):
                 items_Mk[rows, : items_Bk.shape[1]] = items_Bk.cpu().numpy()
+            if self.on_rows is not None:
+                self.on_rows(len(rows))
         return found
 
     def _search(self, inputs: dict, k: int, known: Sequence[tuple[list | None, list | None]]) -> list[Any]:

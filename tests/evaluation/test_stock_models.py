@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5
 from hf_genrec.data.sequences import Sequences
 from hf_genrec.data.splits import EvaluationSet
 from hf_genrec.errors import IncompatibleComponentsError
+from hf_genrec.evaluation import evaluator
 from hf_genrec.evaluation.evaluator import evaluate
-from hf_genrec.evaluation.recommenders import ModelRecommender
+from hf_genrec.evaluation.recommenders import ModelRecommender, ScoreRecommender
 from hf_genrec.generation.configuration_recommendation import RecommendationConfig
 from hf_genrec.generation.recommend import recommend, recommendation_config_of
 from hf_genrec.identifiers.tokenization_item import ItemTokenizer
@@ -107,3 +108,23 @@ def test_a_folder_brings_its_configuration(tokenizer, tmp_path):
 def test_models_without_the_item_tokens_are_refused(tokenizer):
     with pytest.raises(IncompatibleComponentsError, match="resize_token_embeddings"):
         ModelRecommender(stock("llama", len(tokenizer) - 1), tokenizer)
+
+
+def test_the_bar_moves_with_each_batch_of_the_model(tokenizer, monkeypatch):
+    """Not with the evaluator's large ones: a language model takes minutes for those."""
+    steps: list[int] = []
+
+    class Bar(evaluator.tqdm):
+        def update(self, n=1):
+            steps.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(evaluator, "tqdm", Bar)
+    recommender = ModelRecommender(stock("llama", len(tokenizer)), tokenizer, RecommendationConfig(batch_size=2))
+    evaluate(recommender, rows(5), num_items=30, bootstrap=0)
+    assert [step for step in steps if step] == [2, 2, 1] and recommender.on_rows is None
+    steps.clear()
+    evaluate(
+        ScoreRecommender(lambda histories: np.zeros((len(histories), 30)), 30), rows(5), num_items=30, batch_size=4
+    )
+    assert steps == [4, 1] * 2
