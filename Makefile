@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test check format clean
 
 install: $(STAMP)
 
@@ -25,11 +25,12 @@ $(STAMP): pyproject.toml constraints.txt scripts/fetch_transformers_tests.py
 demo: install
 	$(BIN)/python examples/demo.py --output_dir runs/demo
 
-# One thread per process, as many processes as WORKERS; tests of one file stay together, slow ones are dealt out singly.
+# One thread per process, as many processes as WORKERS; tests of one file stay together, slow ones are dealt out singly but
+# for those of one group.
 WORKERS ?= 2
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not long"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not long" --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not long" --durations=15
 
 check: install
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ from hf_genrec.evaluation.beam_check import beam_versus_exact
 from hf_genrec.recipes.pipeline import train_recipe
 from hf_genrec.recipes.resolver import resolve_recipe
 
+pytestmark = pytest.mark.xdist_group("trained on movielens")  # one process trains, once
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, ml100k_dir, minilm_dir):
