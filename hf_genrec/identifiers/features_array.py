@@ -111,7 +111,7 @@ def _read_safetensors(
         names = sorted(tensors.keys())
         name = names[0] if vector_column is None and len(names) == 1 else vector_column
         if name not in names:
-            wrong = "more than one tensor" if vector_column is None else f"no tensor {vector_column!r}"
+            wrong = f"{len(names)} tensors" if vector_column is None else f"no tensor {vector_column!r}"
             raise ItemTableError(f"{path}: {wrong}; found {names}. Set vector_column to one of them")
         tensor = tensors.get_tensor(name)
     # numpy has no bfloat16

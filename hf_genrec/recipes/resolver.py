@@ -370,7 +370,7 @@ def _check_families(where: str, method: str, families: dict[str, Any]) -> None:
 
     for family in families:
         try:
-            check_family(family, FAMILIES if method == "tasks" else FAMILIES + LANGUAGE_FAMILIES)
+            check_family(str(family), FAMILIES if method == "tasks" else FAMILIES + LANGUAGE_FAMILIES)
         except TrainingError as error:
             raise RecipeError(f"{where}: {error}") from error
 
