@@ -397,9 +397,8 @@ class BeamNegatives(NegativeSampler):
         return encoded["input_ids"], encoded["attention_mask"]
 
     def _fill(self, draw: _Draw, rng: np.random.Generator) -> None:
-        served = recommendation_config_of(self.model)
-        restrict = served.restrict_to_level if self.restrict_to_level is None else self.restrict_to_level
-        decoder = scorer_for(self.model, self.tokenizer, restrict_to_level=restrict)
+        served = recommendation_config_of(self.model).merged(restrict_to_level=self.restrict_to_level)
+        decoder = scorer_for(self.model, self.tokenizer, restrict_to_level=served.restrict_to_level)
         trie = ItemTrie.from_tokenizer(self.tokenizer, decoder.device)
         wanted = min(self.num_items, draw.k * trie.max_items_per_leaf)  # items of one code count once
         config = RecommendationConfig(

@@ -99,12 +99,12 @@ class RewardPairs:
             TrainingError: the reward has another shape or is not finite, tells no candidates apart for any request, or no
                 request has N candidates.
         """
-        served = recommendation_config_of(model)
+        served = recommendation_config_of(model).merged(restrict_to_level=self.restrict_to_level)
         search = ItemRollouts(
             tokenizer,
             self.num_candidates,
             exclude_seen=self.exclude_seen,
-            restrict_to_level=served.restrict_to_level if self.restrict_to_level is None else self.restrict_to_level,
+            restrict_to_level=served.restrict_to_level,
             renormalize=served.renormalize,
         )
         drawn_P = _draw(len(rows), self.share, self.seed, iteration)

@@ -366,11 +366,11 @@ def _check_families(where: str, method: str, families: dict[str, Any]) -> None:
     """The task families exist: said before identifiers are made, which takes long."""
     from hf_genrec.alignment.tasks.requested import check_family
     from hf_genrec.alignment.tasks.templates import FAMILIES
-    from hf_genrec.alignment.tasks.templates_language import LANGUAGE_FAMILIES
 
+    known = (FAMILIES,) if method == "tasks" else ()  # the method "sft" takes them all
     for family in families:
         try:
-            check_family(str(family), FAMILIES if method == "tasks" else FAMILIES + LANGUAGE_FAMILIES)
+            check_family(str(family), *known)
         except TrainingError as error:
             raise RecipeError(f"{where}: {error}") from error
 

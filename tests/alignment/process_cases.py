@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 
-def launched(driver: str, folder: Path, *arguments: object, processes: int) -> subprocess.CompletedProcess:
-    """`driver folder arguments...` in so many processes; the driver stands beside this file."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        return free.getsockname()[1]
+
+
+def launched(driver: str, folder: Path, *arguments: object, processes: int) -> subprocess.CompletedProcess:
+    """`driver folder arguments...` in so many processes; the driver stands beside this file."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
     return subprocess.run(
-        [*command, str(Path(__file__).with_name(driver)), str(folder), *map(str, arguments)],
+        [
+            *launcher,
+            f"--nproc_per_node={processes}",
+            f"--master_port={free_port()}",
+            str(Path(__file__).with_name(driver)),
+            str(folder),
+            *map(str, arguments),
+        ],
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
         capture_output=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -19,6 +18,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from process_cases import free_port
 from safetensors.torch import load_file
 from script_cases import NUM_ITEMS, ROOT, line_for, load_script, run, write_tiger, write_world
 from sft_cases import base_lm, item_lm
@@ -529,13 +529,10 @@ def test_weights_in_pieces_become_a_whole_model():
 
 
 def launched(world: Path, output: Path, processes: int, size: int) -> dict[str, list[float]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     driver = [str(Path(__file__).with_name("script_driver.py")), str(world), str(output), str(size)]
     config = CONFIGS / "accelerate" / "cpu_2_processes.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", str(port)] if processes == 2 else []
+    command += ["--main_process_port", str(free_port())] if processes == 2 else []
     done = subprocess.run(
         [*command, *driver] if processes == 2 else [sys.executable, *driver],
         timeout=900,
